@@ -1,0 +1,87 @@
+"""The one place that issues a collective: sums of small integer or float buffers over a group of ranks.
+
+Order: every reduction starts in a forward of a MoE layer or at the step's end, and all ranks of a group run the same
+layers of the same pipeline stage in the same schedule. So all ranks start the same reductions in the same order, whatever
+their backward does: that is why nothing is ever started in a backward.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_global_lbl.settings import ConfigError
+
+
+class Reduction:
+    """An all-reduce (sum, in place) that has been started; `wait` gives its result."""
+
+    def __init__(self, buffer: Tensor, group: dist.ProcessGroup | None, *, blocking: bool) -> None:
+        """Start summing `buffer` over `group`; None, or a group of one rank, means that it is the result already."""
+        self._buffer = buffer
+        self._work: dist.Work | None = None
+        if group is not None and group.size() > 1:
+            self._work = dist.all_reduce(buffer, group=group, async_op=True)
+            # A CUDA graph must contain the wait for what it starts.
+            if blocking or (buffer.is_cuda and torch.cuda.is_current_stream_capturing()):
+                self.wait()
+
+    def wait(self) -> Tensor:
+        """The sum over the group. On NCCL this makes the stream wait, not the host; calling it again costs nothing."""
+        if self._work is not None:
+            self._work.wait()
+            self._work = None
+        return self._buffer
+
+
+@dataclass(frozen=True)
+class BalanceGroup:
+    """The ranks of one pipeline stage over which f is counted.
+
+    Attributes:
+        stage: process group of all ranks of the stage (TP x CP x DP).
+        model: process group of one data-parallel rank (TP x CP).
+        counted: process group over which micro-batches are counted: the stage, or a part of it (`--moe-lbl-group-size`).
+        size: data-parallel ranks in `counted`.
+        index: which part of the stage `counted` is.
+        parts: number of such parts in the stage.
+    """
+
+    stage: dist.ProcessGroup
+    model: dist.ProcessGroup
+    counted: dist.ProcessGroup
+    size: int
+    index: int
+    parts: int
+
+    @staticmethod
+    def create(stage: dist.ProcessGroup, model: dist.ProcessGroup, group_size: int | None) -> BalanceGroup:
+        """Split the stage into groups of `group_size` data-parallel ranks; None means the whole stage.
+
+        Called by all ranks of a stage at the same point (the first forward of its first MoE layer), by no others: ranks
+        of a stage without MoE layers never get here, so only the members take part in creating a group.
+
+        Raises:
+            ConfigError: `group_size` does not divide the data-parallel size, or the ranks of a TP x CP group do not
+                lie side by side in the stage.
+        """
+        data_parallel_size = stage.size() // model.size()
+        if group_size is None or group_size == data_parallel_size:
+            return BalanceGroup(stage, model, stage, data_parallel_size, 0, 1)
+        if data_parallel_size % group_size:
+            raise ConfigError(
+                f"--moe-lbl-group-size {group_size} does not divide the data-parallel size {data_parallel_size}"
+            )
+        ranks = sorted(dist.get_process_group_ranks(stage))
+        index = ranks.index(dist.get_rank()) // (group_size * model.size())
+        members = ranks[index * group_size * model.size() :][: group_size * model.size()]
+        if not set(dist.get_process_group_ranks(model)) <= set(members):
+            raise ConfigError(
+                f"--moe-lbl-group-size {group_size} needs the ranks of a TP x CP group side by side; they are "
+                f"{dist.get_process_group_ranks(model)} of {ranks}"
+            )
+        counted = dist.new_group(members, use_local_synchronization=True)
+        return BalanceGroup(stage, model, counted, group_size, index, data_parallel_size // group_size)

@@ -1,0 +1,172 @@
+"""The flags `--moe-lbl-*` in Megatron's parser, and what they turn on once Megatron has validated its arguments.
+
+Both functions are what a patched Megatron-LM and the launcher call. Every check that needs no model is made here, on every
+rank, before training: a setting that cannot work ends the run with one line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+
+from megatron_global_lbl import registry
+from megatron_global_lbl.settings import DEFAULT_WINDOW_STEPS, ConfigError, Scope, Settings, flag
+
+GROUP = "mixture-of-experts load-balancing loss"
+ACTED_ON = ("aux_loss", "global_aux_loss")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Add the group of flags to Megatron's parser. Values are checked in `activate`, where one line can say what is wrong."""
+    group = parser.add_argument_group(title=GROUP)
+    group.add_argument(
+        "--moe-lbl-scope",
+        default="micro",
+        metavar="{micro,dp,global,window}",
+        help="Tokens over which the expert frequencies f of the load-balancing loss are counted: this micro-batch on this "
+        "data-parallel rank (micro: Megatron's own loss, untouched), on all data-parallel ranks (dp), the whole global batch "
+        "(global), or the last completed steps (window). Default: micro.",
+    )
+    group.add_argument(
+        "--moe-lbl-window-steps",
+        metavar="W",
+        help=f"Optimizer steps that scope window counts over, >= 1. Default: {DEFAULT_WINDOW_STEPS}.",
+    )
+    group.add_argument(
+        "--moe-lbl-micro-coeff",
+        metavar="A",
+        default=0.0,
+        help="Coefficient of a micro-batch load-balancing loss that is added. Default: 0 (none).",
+    )
+    group.add_argument(
+        "--moe-lbl-start-iter",
+        metavar="N",
+        default=0,
+        help="Scope micro before iteration N, the chosen scope from then on. Default: 0.",
+    )
+    group.add_argument(
+        "--moe-lbl-group-size",
+        metavar="N",
+        help="Count over groups of N data-parallel ranks; must divide their number. Default: all.",
+    )
+    group.add_argument(
+        "--moe-lbl-sync",
+        metavar="{overlap,blocking}",
+        help="Hide the reduction of the counts behind compute, or wait for it on the spot. Default: overlap.",
+    )
+    group.add_argument(
+        "--moe-lbl-metrics-dir",
+        metavar="DIR",
+        help="Write the balance of every MoE layer, one line per step, to files in DIR (any scope). Default: off.",
+    )
+    return parser
+
+
+def activate(args: argparse.Namespace) -> registry.Handle:
+    """Check the flags against Megatron's validated arguments, say on rank 0 what is on, and register the hook.
+
+    Raises:
+        SystemExit: with one line, on every rank, if anything about them cannot work.
+    """
+    try:
+        settings = Settings.create(
+            **{name: getattr(args, f"moe_lbl_{name}") for name in Settings.__dataclass_fields__},
+        )
+        if settings.scope is not Scope.MICRO:
+            _require_something_to_act_on(args, settings)
+            _require_supported(args, settings)
+        if settings.group_size is not None and args.data_parallel_size % settings.group_size:
+            raise ConfigError(
+                f"{flag('group_size')} {settings.group_size}: not allowed; allowed: a divisor of the data-parallel size "
+                f"{args.data_parallel_size}"
+            )
+        handle = registry.register(**{name: getattr(settings, name) for name in Settings.__dataclass_fields__})
+    except (ConfigError, ImportError) as error:
+        raise SystemExit(f"megatron_global_lbl: error: {error}") from None
+    for name in Settings.__dataclass_fields__:  # what later readers of the arguments see: checked values
+        value = getattr(settings, name)
+        setattr(args, f"moe_lbl_{name}", getattr(value, "value", value))
+    if int(os.environ.get("RANK", "0")) == 0:
+        for line in describe(args, settings):
+            print(f"> moe-lbl: {line}", flush=True)
+    return handle
+
+
+def losses(args: argparse.Namespace) -> dict[str, float]:
+    """Coefficient by type of auxiliary loss, from Megatron's two ways of writing them."""
+    kinds, coeffs = args.moe_router_load_balancing_type, args.moe_aux_loss_coeff
+    kinds = [kinds] if isinstance(kinds, str) else list(kinds)
+    coeffs = list(coeffs) if isinstance(coeffs, (list, tuple)) else [coeffs]
+    return dict(zip(kinds, coeffs))
+
+
+def describe(args: argparse.Namespace, settings: Settings) -> list[str]:
+    """The effective setting in words: scope, Balance BSZ in sequences, and what changes by it."""
+    ranks = settings.group_size or args.data_parallel_size
+    micro_batches = args.global_batch_size // (args.micro_batch_size * args.data_parallel_size)
+    factors = [(args.micro_batch_size, "")]
+    if settings.scope in (Scope.GLOBAL, Scope.WINDOW):
+        factors.insert(0, (micro_batches, "micro-batches"))
+    if settings.scope is not Scope.MICRO:
+        of_all = f" of {args.data_parallel_size}" if settings.group_size else ""
+        factors.insert(0, (ranks, f"dp ranks{of_all}"))
+    if settings.window_steps:
+        factors.append((settings.window_steps, "steps"))
+    total = 1
+    for number, _ in factors:
+        total *= number
+    product = " x ".join(f"{number} {what}".strip() for number, what in factors)
+    lines = [f"scope {settings.scope.value}; f counted over {total} sequences: {product}"]
+    if settings.scope is Scope.MICRO:
+        lines[0] += " (Megatron's own loss, untouched)"
+    if getattr(args, "rampup_batch_size", None):
+        lines.append("the number is for the full batch; it is smaller while --rampup-batch-size ramps up")
+    if settings.start_iter:
+        lines.append(f"scope micro before iteration {settings.start_iter}")
+    if settings.micro_coeff:
+        lines.append(f"micro-batch loss added with coefficient {settings.micro_coeff:g}")
+    if settings.scope is not Scope.MICRO and losses(args).get("global_aux_loss", 0):
+        dp = args.data_parallel_size
+        lines.append(
+            f"!! Megatron's global_aux_loss is taken over: its gradient is {dp} (the data-parallel size) times too weak, so "
+            f"the strength rises by a factor of {dp}. To keep the former strength divide --moe-aux-loss-coeff by {dp}."
+        )
+    if settings.metrics_dir:
+        lines.append(f"balance record in {settings.metrics_dir}")
+    return lines
+
+
+def _require_something_to_act_on(args: argparse.Namespace, settings: Settings) -> None:
+    chosen = f"{flag('scope')} {settings.scope.value}"
+    if not args.num_experts:
+        raise ConfigError(f"{chosen} needs a mixture of experts: --num-experts is not set")
+    found = {kind: coeff for kind, coeff in losses(args).items() if kind in ACTED_ON}
+    if not found:
+        kinds = " ".join(losses(args))
+        raise ConfigError(
+            f"{chosen} has nothing to act on: --moe-router-load-balancing-type is {kinds}; allowed: aux_loss, alone or in a "
+            "list (or global_aux_loss, which is taken over)"
+        )
+    if len(found) > 1:
+        raise ConfigError(
+            f"{chosen} with --moe-router-load-balancing-type {' '.join(losses(args))}: which of aux_loss and global_aux_loss "
+            f"it should act on is ambiguous; allowed: one of them, and {flag('micro_coeff')} for a micro-batch loss beside it"
+        )
+    for kind, coeff in found.items():
+        if not coeff > 0:
+            raise ConfigError(
+                f"{chosen} has nothing to act on: --moe-aux-loss-coeff is {coeff:g} for {kind}; allowed: a number > 0"
+            )
+
+
+def _require_supported(args: argparse.Namespace, settings: Settings) -> None:
+    chosen = f"{flag('scope')} {settings.scope.value}"
+    for name in ("use_megatron_fsdp", "use_torch_fsdp2", "use_custom_fsdp"):
+        if getattr(args, name, False):
+            raise ConfigError(f"{chosen} is not supported with --{name.replace('_', '-')} yet; allowed: Megatron's DDP")
+    if getattr(args, "cuda_graph_impl", "none") not in (None, "none") or getattr(args, "enable_cuda_graph", False):
+        raise ConfigError(f"{chosen} is not supported with CUDA graphs yet; allowed: --cuda-graph-impl none")
+    if settings.scope is Scope.WINDOW and args.save and args.ckpt_format not in ("torch", "torch_dist"):
+        raise ConfigError(
+            f"{chosen} cannot be saved with --ckpt-format {args.ckpt_format}; allowed: torch, torch_dist (or no --save)"
+        )

@@ -1,0 +1,63 @@
+"""Megatron's parser and its validation (`megatron.training.arguments`, 0.14 to 0.19): where the launcher adds the flags.
+
+`validate_args` is imported by name elsewhere (by `initialize` until 0.17), so every module that holds it is told.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import sys
+from types import ModuleType
+
+from megatron_global_lbl import flags
+from megatron_global_lbl.hook.versions import SUPPORTED, UnsupportedMegatron, installed_version, require_supported
+
+ARGUMENTS = "megatron.training.arguments"
+
+
+def install() -> None:
+    """Add the flags to Megatron's own parser, and turn on what they ask for once Megatron has validated its arguments.
+
+    Lasts for the process: the launcher is its only caller.
+
+    Raises:
+        UnsupportedMegatron: no Megatron-Core, an unsupported release, no training loop beside it, or a symbol missing.
+    """
+    require_supported()
+    try:
+        arguments = importlib.import_module(ARGUMENTS)
+    except ModuleNotFoundError as error:
+        raise UnsupportedMegatron(
+            f"{error.name or ARGUMENTS} is missing beside Megatron-Core {installed_version()}: the launcher needs Megatron's "
+            "training loop; allowed: a script in a Megatron-LM source tree, a tree on PYTHONPATH, or the wheel of "
+            "megatron-core >= 0.17 (Python >= 3.12)"
+        ) from error
+    original_add = _symbol(arguments, "add_megatron_arguments")
+    original_validate = _symbol(arguments, "validate_args")
+
+    @functools.wraps(original_add)
+    def add_megatron_arguments(parser):
+        return flags.add_arguments(original_add(parser))
+
+    @functools.wraps(original_validate)
+    def validate_args(args, defaults={}):
+        # Megatron returns the arguments; whoever drops its result has the same object.
+        validated = original_validate(args, defaults)
+        flags.activate(args)
+        return validated
+
+    arguments.add_megatron_arguments = add_megatron_arguments
+    for module in list(sys.modules.values()):
+        if isinstance(module, ModuleType) and module.__name__.startswith("megatron."):
+            if vars(module).get("validate_args") is original_validate:
+                vars(module)["validate_args"] = validate_args
+
+
+def _symbol(module: ModuleType, name: str):
+    if not hasattr(module, name):
+        raise UnsupportedMegatron(
+            f"{module.__name__}.{name} is not where it should be in Megatron-Core {installed_version()}; "
+            f"supported: {SUPPORTED}"
+        )
+    return getattr(module, name)

@@ -1,0 +1,123 @@
+"""Scope `window`: f from the last W completed optimizer steps, one packed reduction per step for all layers.
+
+The sums are exact: each step's integer counts are kept, and the oldest are subtracted when they leave the window. Before
+the first step has completed f is uniform, whose gradient is zero.
+
+With `--moe-lbl-group-size` every rank keeps the counts of all groups of its stage (G rows): the one packed reduction over
+the stage fills them without a process group of its own, and a checkpoint written by any rank is complete.
+
+Shape suffixes: G groups of data-parallel ranks (1 unless `--moe-lbl-group-size`), C = E + 2 counts (see balance.py).
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from megatron_global_lbl.collective import BalanceGroup, Reduction
+
+if TYPE_CHECKING:
+    from megatron_global_lbl.balance import LayerBalance
+
+
+class LayerWindow:
+    """The last W steps' counts of one layer."""
+
+    def __init__(self, steps: int, group: BalanceGroup, num_counts: int, device: torch.device, window: Window) -> None:
+        self._group = group
+        self._owner = window
+        self._steps: deque[Tensor] = deque()
+        self._max_steps = steps
+        self._sum_GC = torch.zeros(group.parts, num_counts, dtype=torch.int64, device=device)
+
+    def push(self, counts_GC: Tensor) -> None:
+        """Add a completed step; the oldest one leaves when the window is full."""
+        self._steps.append(counts_GC)
+        self._sum_GC += counts_GC
+        if len(self._steps) > self._max_steps:
+            self._sum_GC -= self._steps.popleft()
+
+    @property
+    def counts(self) -> Tensor:
+        """[C] sums over the completed steps of this rank's group; zeros before the first."""
+        self._owner.settle()
+        return self._sum_GC[self._group.index]
+
+    @property
+    def tokens_per_rank(self) -> Tensor:
+        """Mean number of valid tokens per data-parallel rank and micro-batch in the window, at least a tiny number."""
+        counts_C = self.counts
+        micro_batches = counts_C[-1] / self._group.model.size()
+        return counts_C[-2].clamp(min=1) / micro_batches.clamp(min=1)
+
+    def state(self) -> Tensor:
+        """[steps, G, C] int64 on the CPU, oldest first."""
+        if not self._steps:
+            return torch.zeros(0, *self._sum_GC.shape, dtype=torch.int64)
+        return torch.stack(list(self._steps)).cpu()
+
+    def load(self, state: Tensor) -> None:
+        """Continue from `state()` of a run with the same experts and groups; more steps than W: the newest W.
+
+        Raises:
+            ValueError: the shape does not fit this run.
+        """
+        if tuple(state.shape[1:]) != tuple(self._sum_GC.shape):
+            raise ValueError(
+                f"window has shape {tuple(state.shape[1:])} [groups, experts + 2], this run {tuple(self._sum_GC.shape)}"
+            )
+        self._steps.clear()
+        self._sum_GC.zero_()
+        for counts_GC in state[-self._max_steps :]:
+            self.push(counts_GC.to(self._sum_GC.device))
+
+
+class Window:
+    """The windows of this rank's layers, and the one reduction per step that feeds them."""
+
+    def __init__(self, steps: int) -> None:
+        self.steps = steps
+        self._under_way: tuple[Reduction, list[LayerBalance]] | None = None
+        self._loaded: dict[str, Tensor] = {}
+        self._layers: dict[str, LayerWindow] = {}
+
+    def add_layer(self, key: str, group: BalanceGroup, num_counts: int, device: torch.device) -> LayerWindow:
+        """The window of a layer that is met for the first time; takes up what a checkpoint brought for it."""
+        layer = self._layers[key] = LayerWindow(self.steps, group, num_counts, device, self)
+        if key in self._loaded:
+            layer.load(self._loaded.pop(key))
+        return layer
+
+    def step_completed(self, layers: list[LayerBalance], *, blocking: bool) -> None:
+        """Start summing the completed step's counts over the ranks of the stage."""
+        self.settle()
+        group = layers[0].group
+        local = torch.cat([layer.step_counts for layer in layers])
+        packed = torch.zeros(group.parts, local.numel(), dtype=torch.int64, device=local.device)
+        packed[group.index] = local
+        self._under_way = (Reduction(packed, group.stage, blocking=blocking), layers)
+
+    def settle(self) -> None:
+        """Wait for the step under way, if any, and push its counts into the layers' windows."""
+        if self._under_way is None:
+            return
+        reduction, layers = self._under_way
+        self._under_way = None
+        for layer, counts_GC in zip(layers, reduction.wait().split([x.num_experts + 2 for x in layers], dim=1)):
+            assert layer.window is not None
+            layer.window.push(counts_GC)
+
+    def state(self) -> dict[str, Tensor]:
+        """What the window remembers, by layer key; includes what was loaded for layers not met yet."""
+        self.settle()
+        return {**self._loaded, **{key: layer.state() for key, layer in self._layers.items()}}
+
+    def load(self, state: dict[str, Tensor]) -> None:
+        """Continue from `state()`; layers that do not exist yet take theirs up when they are met."""
+        self.settle()
+        self._loaded = dict(state)
+        for key in [key for key in self._layers if key in self._loaded]:
+            self._layers[key].load(self._loaded.pop(key))

@@ -1,0 +1,101 @@
+"""A pool of processes that stay alive between cases: importing Megatron takes seconds, a case a fraction of one.
+
+Every case gets process groups of its own (each gloo group starts threads), destroyed at its end. A worker that fails ends
+the case on all: the pool is torn down and the next case starts a fresh one.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import tempfile
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+TIMEOUT_SECONDS = 120
+
+
+class CaseFailed(AssertionError):
+    """A rank raised; the message holds the tracebacks of all ranks that did."""
+
+
+class Pool:
+    """`run(function, world_size, *args)` gives function(*args) of every rank, with torch.distributed initialised."""
+
+    def __init__(self, size: int = 4) -> None:
+        self._size = size
+        self._workers: list[tuple[Any, Any]] = []
+
+    def _start(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        for _ in range(self._size):
+            here, there = context.Pipe()
+            process = context.Process(target=_serve, args=(there,), daemon=True)
+            process.start()
+            self._workers.append((process, here))
+
+    def run(self, function: Callable, world_size: int, *args: Any) -> list[Any]:
+        if not self._workers:
+            self._start()
+        assert world_size <= self._size
+        with tempfile.TemporaryDirectory() as folder:
+            ranks = self._workers[:world_size]
+            for rank, (_, pipe) in enumerate(ranks):
+                pipe.send((function, rank, world_size, os.path.join(folder, "store"), args))
+            results, failures = [], []
+            for rank, (_, pipe) in enumerate(ranks):
+                # After one failure the others wait for it in a collective: no long patience with them.
+                if not pipe.poll(TIMEOUT_SECONDS if not failures else 2):
+                    failures.append(f"rank {rank}: no answer")
+                    continue
+                kind, value = pipe.recv()
+                if kind == "error":
+                    failures.append(f"rank {rank}:\n{value}")
+                results.append(value)
+        if failures:
+            self.close()
+            raise CaseFailed("\n".join(failures))
+        return results
+
+    def close(self) -> None:
+        for process, pipe in self._workers:
+            process.kill()
+            process.join()
+            pipe.close()
+        self._workers = []
+
+
+def _serve(pipe) -> None:
+    os.environ["OMP_NUM_THREADS"] = "1"
+    import logging
+    import warnings
+
+    logging.disable(logging.WARNING)
+    warnings.simplefilter("ignore")
+    from megatron_global_lbl import cpu
+
+    cpu.install()
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    while True:
+        try:
+            function, rank, world_size, store, args = pipe.recv()
+        except EOFError:
+            return
+        try:
+            dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
+            value = function(*args)
+            dist.barrier()
+            pipe.send(("value", value))
+        except BaseException:
+            pipe.send(("error", traceback.format_exc()))
+            return
+        finally:
+            from megatron.core import parallel_state
+
+            parallel_state.destroy_model_parallel()
+            if dist.is_initialized():
+                dist.destroy_process_group()
