@@ -23,7 +23,6 @@ class Layout:
     bf16: bool = False
     loss_scale: float = 1.0
     overlap_grad_reduce: bool = False
-    distributed_optimizer: bool = False
 
     def world_size(self, problem: Problem) -> int:
         return self.tp * self.cp * self.pp * problem.dp
@@ -55,7 +54,7 @@ def _train(problem: Problem, layout: Layout, extra: dict[str, Any]):
     config = TransformerConfig(
         num_layers=problem.layers,
         hidden_size=problem.hidden,
-        num_attention_heads=1,
+        num_attention_heads=4,
         num_moe_experts=problem.experts,
         moe_router_topk=problem.topk,
         moe_router_load_balancing_type=extra.get("load_balancing_type", "aux_loss"),
@@ -87,7 +86,6 @@ def _train(problem: Problem, layout: Layout, extra: dict[str, Any]):
         ddp_config=DistributedDataParallelConfig(
             grad_reduce_in_fp32=True,
             overlap_grad_reduce=layout.overlap_grad_reduce,
-            use_distributed_optimizer=layout.distributed_optimizer,
         ),
         module=model,
     )

@@ -1,7 +1,7 @@
 """A pool of processes that stay alive between cases: importing Megatron takes seconds, a case a fraction of one.
 
 Every case gets process groups of its own (each gloo group starts threads), destroyed at its end. A worker that fails ends
-the case on all: the pool is torn down and the next case starts a fresh one.
+the case; one that does not answer ends the pool, and the next case starts a fresh one.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
-TIMEOUT_SECONDS = 120
+START_SECONDS = 300
+TIMEOUT_SECONDS = 60
 
 
 class CaseFailed(AssertionError):
@@ -34,6 +35,8 @@ class Pool:
             process = context.Process(target=_serve, args=(there,), daemon=True)
             process.start()
             self._workers.append((process, here))
+        for process, pipe in self._workers:
+            assert pipe.poll(START_SECONDS) and pipe.recv() == "ready", f"worker {process.pid} did not start"
 
     def run(self, function: Callable, world_size: int, *args: Any) -> list[Any]:
         if not self._workers:
@@ -43,18 +46,20 @@ class Pool:
             ranks = self._workers[:world_size]
             for rank, (_, pipe) in enumerate(ranks):
                 pipe.send((function, rank, world_size, os.path.join(folder, "store"), args))
-            results, failures = [], []
+            results, failures, stuck = [], [], False
             for rank, (_, pipe) in enumerate(ranks):
                 # After one failure the others wait for it in a collective: no long patience with them.
                 if not pipe.poll(TIMEOUT_SECONDS if not failures else 2):
                     failures.append(f"rank {rank}: no answer")
+                    stuck = True
                     continue
                 kind, value = pipe.recv()
                 if kind == "error":
                     failures.append(f"rank {rank}:\n{value}")
                 results.append(value)
-        if failures:
+        if stuck:
             self.close()
+        if failures:
             raise CaseFailed("\n".join(failures))
         return results
 
@@ -79,7 +84,12 @@ def _serve(pipe) -> None:
     import torch
     import torch.distributed as dist
 
+    # Imported here, so that a case's time is its own.
+    import megatron.core.distributed
+    import megatron.core.transformer.moe.moe_layer  # noqa: F401
+
     torch.set_num_threads(1)
+    pipe.send("ready")
     while True:
         try:
             function, rank, world_size, store, args = pipe.recv()
@@ -92,7 +102,6 @@ def _serve(pipe) -> None:
             pipe.send(("value", value))
         except BaseException:
             pipe.send(("error", traceback.format_exc()))
-            return
         finally:
             from megatron.core import parallel_state
 
