@@ -130,7 +130,7 @@ class MicroBatch:
         gradient_E = unit_E * (self.coeff * tokens if per_token else self.coeff)
         if self.micro is not None:
             micro_C = self.micro.wait()
-            tokens = 1 if per_token else micro_C[-2].clamp(min=1)
-            micro_E = score_gradient(tokens_per_expert=micro_C[:-2], num_tokens=tokens, dtype=dtype)
+            micro_tokens = 1 if per_token else micro_C[-2].clamp(min=1)
+            micro_E = score_gradient(tokens_per_expert=micro_C[:-2], num_tokens=micro_tokens, dtype=dtype)
             gradient_E = gradient_E + layer.settings.micro_coeff * micro_E
         return gradient_E.to(dtype), unit_E

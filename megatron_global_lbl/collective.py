@@ -72,9 +72,7 @@ class BalanceGroup:
         if group_size is None or group_size == data_parallel_size:
             return BalanceGroup(stage, model, stage, data_parallel_size, 0, 1)
         if data_parallel_size % group_size:
-            raise ConfigError(
-                f"--moe-lbl-group-size {group_size} does not divide the data-parallel size {data_parallel_size}"
-            )
+            raise ConfigError(f"--moe-lbl-group-size {group_size} does not divide the data-parallel size {data_parallel_size}")
         ranks = sorted(dist.get_process_group_ranks(stage))
         index = ranks.index(dist.get_rank()) // (group_size * model.size())
         members = ranks[index * group_size * model.size() :][: group_size * model.size()]

@@ -43,7 +43,7 @@ def score_gradient(*, tokens_per_expert: Tensor, num_tokens: int | Tensor, dtype
         [E], E * f_i / num_tokens.
     """
     frequencies_E = expert_frequencies(tokens_per_expert, dtype)
-    return frequencies_E * (frequencies_E.numel() / num_tokens)
+    return frequencies_E * frequencies_E.numel() / num_tokens
 
 
 def load_balancing_loss(

@@ -91,7 +91,7 @@ def flag(name: str) -> str:
     return "--moe-lbl-" + name.replace("_", "-")
 
 
-def _member(kind: type, name: str, value: object):
+def _member(kind: type[Enum], name: str, value: object):
     allowed = ", ".join(member.value for member in kind)
     try:
         return kind(value)

@@ -47,7 +47,7 @@ def install() -> None:
         flags.activate(args)
         return validated
 
-    arguments.add_megatron_arguments = add_megatron_arguments
+    vars(arguments)["add_megatron_arguments"] = add_megatron_arguments
     for module in list(sys.modules.values()):
         if isinstance(module, ModuleType) and module.__name__.startswith("megatron."):
             if vars(module).get("validate_args") is original_validate:
@@ -57,7 +57,6 @@ def install() -> None:
 def _symbol(module: ModuleType, name: str):
     if not hasattr(module, name):
         raise UnsupportedMegatron(
-            f"{module.__name__}.{name} is not where it should be in Megatron-Core {installed_version()}; "
-            f"supported: {SUPPORTED}"
+            f"{module.__name__}.{name} is not where it should be in Megatron-Core {installed_version()}; supported: {SUPPORTED}"
         )
     return getattr(module, name)

@@ -72,7 +72,4 @@ def refuse_unsupported_config(config) -> None:
     """
     # A replayed graph does not run the Python code that counts.
     if getattr(config, "enable_cuda_graph", False) or getattr(config, "cuda_graph_impl", "none") not in (None, "none"):
-        raise ConfigError(
-            "--cuda-graph-impl (or --enable-cuda-graph) is not supported with --moe-lbl-scope yet; allowed: none"
-        )
-
+        raise ConfigError("--cuda-graph-impl (or --enable-cuda-graph) is not supported with --moe-lbl-scope yet; allowed: none")

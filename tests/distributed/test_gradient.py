@@ -11,6 +11,7 @@ from harness import Layout
 from truth import Problem
 
 RELATIVE_ERROR = 1e-5
+DATA_PARALLEL = Layout()
 
 
 def register_arguments(problem: Problem) -> dict:
@@ -27,7 +28,7 @@ def relative_error(actual, expected) -> float:
     return float(difference / expected_norm) if expected_norm > 0 else float(difference)
 
 
-def check(workers, problem: Problem, layout: Layout = Layout(), sync: str = "overlap", **extra) -> None:
+def check(workers, problem: Problem, layout: Layout = DATA_PARALLEL, sync: str = "overlap", **extra) -> None:
     """Every layer's gradients on every rank, every step, against the truth."""
     expected = truth.gradients(problem)
     arguments = register_arguments(problem) | {"sync": sync}
@@ -79,7 +80,7 @@ def test_start_iter_is_crossed(workers, scope):
 def test_blocking_gives_the_same_bits(workers, scope):
     problem = Problem(scope, 4, 3, 2, masks="uneven")
     results = [
-        workers.run(harness.run, 4, problem, Layout(), register_arguments(problem) | {"sync": sync})
+        workers.run(harness.run, 4, problem, DATA_PARALLEL, register_arguments(problem) | {"sync": sync})
         for sync in ("overlap", "blocking")
     ]
     for overlap, blocking in zip(*results):

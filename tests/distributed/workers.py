@@ -81,12 +81,11 @@ def _serve(pipe) -> None:
     from megatron_global_lbl import cpu
 
     cpu.install()
-    import torch
-    import torch.distributed as dist
-
     # Imported here, so that a case's time is its own.
     import megatron.core.distributed
     import megatron.core.transformer.moe.moe_layer  # noqa: F401
+    import torch
+    import torch.distributed as dist
 
     torch.set_num_threads(1)
     pipe.send("ready")

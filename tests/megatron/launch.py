@@ -1,0 +1,59 @@
+"""Starts a real training as a user would, and reads its losses back from the TensorBoard event file."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = ROOT / "examples" / "pretrain_gpt_moe.py"
+TIMEOUT_SECONDS = 300
+
+TINY = """
+    --num-layers 2 --hidden-size 32 --ffn-hidden-size 64 --num-attention-heads 4 --swiglu --disable-bias-linear
+    --seq-length 32 --max-position-embeddings 32 --attention-dropout 0 --hidden-dropout 0
+    --num-experts 4 --moe-router-topk 2 --moe-aux-loss-coeff 0.05 --moe-router-load-balancing-type aux_loss
+    --micro-batch-size 1 --global-batch-size 8 --train-iters 6 --lr 5e-3 --clip-grad 1.0 --seed 7
+    --mock-data --tokenizer-type NullTokenizer --vocab-size 128 --split 90,5,5 --num-workers 0
+    --distributed-backend gloo --transformer-impl local --use-cpu-initialization --no-bias-swiglu-fusion
+    --log-interval 1 --eval-interval 100 --eval-iters 1 --tensorboard-log-interval 1
+""".split()
+
+
+@dataclass
+class Run:
+    """A finished training."""
+
+    returncode: int
+    output: str
+    directory: Path
+
+    def scalars(self, tag: str) -> dict[int, float]:
+        """Value by iteration of a TensorBoard tag, all files of the run."""
+        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+        accumulator = EventAccumulator(str(self.directory / "tensorboard"))
+        accumulator.Reload()
+        return {event.step: event.value for event in accumulator.Scalars(tag)}
+
+    def curve(self) -> dict[int, tuple[float, float]]:
+        """(lm loss, gradient norm) by iteration, as float32 wrote them: equal means bit-identical."""
+        losses, norms = self.scalars("lm loss"), self.scalars("grad-norm")
+        return {step: (losses[step], norms[step]) for step in losses}
+
+
+def train(directory: Path, *arguments: str, processes: int = 2, plugin: bool = True, check: bool = True) -> Run:
+    """Train the tiny model with extra arguments; without the plugin it is Megatron alone in the same CPU mode."""
+    launcher = ["-m", "megatron_global_lbl", "--cpu"] if plugin else [str(Path(__file__).parent / "without_plugin.py")]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    command += [*launcher, str(SCRIPT), *TINY, "--tensorboard-dir", str(directory / "tensorboard"), *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=TIMEOUT_SECONDS, env=environment
+    )
+    if check and result.returncode:
+        raise AssertionError(f"training failed with {result.returncode}:\n{result.stdout[-6000:]}")
+    return Run(result.returncode, result.stdout, directory)

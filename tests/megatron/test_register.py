@@ -1,0 +1,109 @@
+"""`register` and its undo on the installed Megatron-Core; each case in a process of its own, as a user's script is."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SYMBOLS = """
+import importlib
+router = importlib.import_module("megatron.core.transformer.moe.router")
+finalize = importlib.import_module("megatron.core.distributed.finalize_model_grads")
+def symbols():
+    return {**vars(router), **{f"TopKRouter.{k}": v for k, v in vars(router.TopKRouter).items()}, **vars(finalize)}
+before = symbols()
+"""
+
+
+def python(code: str, path: str = "") -> subprocess.CompletedProcess:
+    environment = {**os.environ, "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-W", "ignore", "-c", code]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=200)
+
+
+def test_register_remove_and_context_manager():
+    result = python(
+        SYMBOLS
+        + """
+import pytest
+import megatron_global_lbl as lbl
+assert symbols() == before, "importing patches nothing"
+handle = lbl.register(scope="global")
+assert len(handle.hooked) == 6 and symbols() != before
+assert lbl.register(scope="global") is handle, "the same settings twice are fine"
+with pytest.raises(lbl.ConfigError, match="registered already with other settings"):
+    lbl.register(scope="dp")
+with lbl.registered(scope="global") as inner:
+    assert inner is handle
+assert symbols() != before, "the context manager must not undo what was there before it"
+handle.remove()
+handle.remove()
+assert symbols() == before, "every symbol is the original again"
+with pytest.raises(RuntimeError, match="inside"):
+    with lbl.registered(scope="window", window_steps=3):
+        assert symbols() != before
+        raise RuntimeError("inside")
+assert symbols() == before
+assert lbl.register(scope="micro").hooked == [] and symbols() == before
+print("all held")
+"""
+    )
+    assert result.stdout.endswith("all held\n"), result.stderr
+
+
+def test_remove_leaves_to_others_what_they_replaced_since():
+    result = python(
+        SYMBOLS
+        + """
+import pytest
+import megatron_global_lbl as lbl
+handle = lbl.register(scope="global")
+router.TopKRouter.routing = theirs = lambda self: None
+with pytest.raises(RuntimeError, match="TopKRouter.routing"):
+    handle.remove()
+assert router.TopKRouter.routing is theirs
+assert symbols()["topk_routing_with_score_function"] is before["topk_routing_with_score_function"]
+print("all held")
+"""
+    )
+    assert result.stdout.endswith("all held\n"), result.stderr
+
+
+REGISTER = "import megatron_global_lbl as lbl; lbl.register(scope='global')"
+
+
+def fake_megatron(folder: Path, version: str) -> str:
+    core = folder / "megatron" / "core"
+    core.mkdir(parents=True)
+    (folder / "megatron" / "__init__.py").write_text("")
+    (core / "__init__.py").write_text(f"__version__ = {version!r}\n")
+    return str(folder)
+
+
+@pytest.mark.parametrize("version", ["0.13.1", "0.20.0"])
+def test_unsupported_megatron(tmp_path, version):
+    result = python(REGISTER, fake_megatron(tmp_path, version))
+    last = result.stderr.strip().splitlines()[-1]
+    assert last.endswith(f"UnsupportedMegatron: Megatron-Core {version} is not supported; supported: 0.14 to 0.19")
+
+
+def test_missing_symbol_is_named(tmp_path):
+    result = python(REGISTER, fake_megatron(tmp_path, "0.19.2"))
+    last = result.stderr.strip().splitlines()[-1]
+    assert "megatron.core.transformer.moe.router.TopKRouter.routing is not where it should be" in last
+    assert "0.19.2" in last and "0.14 to 0.19" in last
+
+
+def test_no_megatron_at_all(tmp_path):
+    (tmp_path / "megatron").mkdir()
+    (tmp_path / "megatron" / "__init__.py").write_text("")
+    (tmp_path / "script.py").write_text("")
+    launch = f"import sys; from megatron_global_lbl.__main__ import main; main([{str(tmp_path / 'script.py')!r}])"
+    result = python(launch, str(tmp_path))
+    assert result.returncode == 1
+    assert result.stderr.strip().startswith("megatron_global_lbl: error: no Megatron-Core found")
+    assert len(result.stderr.strip().splitlines()) == 1

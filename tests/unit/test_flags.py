@@ -1,0 +1,85 @@
+"""The flags against Megatron's validated arguments: what cannot work ends the run with one line before training."""
+
+import argparse
+
+import pytest
+
+from megatron_global_lbl import flags
+from megatron_global_lbl.settings import Settings
+
+
+def arguments(*command_line: str, **megatron) -> argparse.Namespace:
+    """Parsed flags beside what Megatron would have validated: an MoE model on 8 data-parallel ranks."""
+    args = flags.add_arguments(argparse.ArgumentParser()).parse_args(command_line)
+    defaults = {
+        "num_experts": 8,
+        "moe_router_load_balancing_type": "aux_loss",
+        "moe_aux_loss_coeff": 0.01,
+        "data_parallel_size": 8,
+        "micro_batch_size": 8,
+        "global_batch_size": 256,
+        "save": None,
+        "ckpt_format": "torch_dist",
+    }
+    return argparse.Namespace(**{**vars(args), **defaults, **megatron})
+
+
+GLOBAL = ("--moe-lbl-scope", "global")
+
+
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        (arguments("--moe-lbl-scope", "globl"), "--moe-lbl-scope globl: unknown; allowed: micro, dp, global, window"),
+        (arguments(*GLOBAL, num_experts=None), "--num-experts is not set"),
+        (arguments(*GLOBAL, moe_aux_loss_coeff=0.0), "--moe-aux-loss-coeff is 0 for aux_loss; allowed: a number > 0"),
+        (arguments(*GLOBAL, moe_router_load_balancing_type="seq_aux_loss"), "is seq_aux_loss; allowed: aux_loss"),
+        (arguments(*GLOBAL, moe_router_load_balancing_type="sinkhorn"), "is sinkhorn; allowed: aux_loss"),
+        (arguments(*GLOBAL, moe_router_load_balancing_type="none"), "is none; allowed: aux_loss"),
+        (
+            arguments(*GLOBAL, moe_router_load_balancing_type=["aux_loss", "global_aux_loss"], moe_aux_loss_coeff=[0.1, 0.1]),
+            "ambiguous",
+        ),
+        (arguments(*GLOBAL, "--moe-lbl-group-size", "3"), "--moe-lbl-group-size 3: not allowed; allowed: a divisor"),
+        (arguments(*GLOBAL, "--moe-lbl-window-steps", "4"), "--moe-lbl-window-steps 4 has no effect"),
+        (arguments("--moe-lbl-scope", "window", "--moe-lbl-window-steps", "0"), "allowed: an integer >= 1"),
+        (arguments(*GLOBAL, "--moe-lbl-start-iter", "-1"), "--moe-lbl-start-iter -1: not allowed"),
+        (arguments(*GLOBAL, use_megatron_fsdp=True), "not supported with --use-megatron-fsdp yet"),
+        (arguments(*GLOBAL, cuda_graph_impl="local"), "not supported with CUDA graphs yet"),
+        (arguments("--moe-lbl-scope", "window", save="x", ckpt_format="torch_dcp"), "--ckpt-format torch_dcp"),
+    ],
+)
+def test_refused_with_one_line(args, message):
+    with pytest.raises(SystemExit) as exit:
+        flags.activate(args)
+    line = str(exit.value)
+    assert message in line and line.startswith("megatron_global_lbl: error: ") and "\n" not in line
+
+
+@pytest.mark.parametrize(
+    "command_line, line",
+    [
+        (GLOBAL, "f counted over 256 sequences: 8 dp ranks x 4 micro-batches x 8"),
+        (("--moe-lbl-scope", "dp"), "f counted over 64 sequences: 8 dp ranks x 8"),
+        (("--moe-lbl-scope", "window"), "f counted over 4096 sequences: 8 dp ranks x 4 micro-batches x 8 x 16 steps"),
+        ((*GLOBAL, "--moe-lbl-group-size", "2"), "f counted over 64 sequences: 2 dp ranks of 8 x 4 micro-batches x 8"),
+        ((), "scope micro; f counted over 8 sequences: 8 (Megatron's own loss, untouched)"),
+    ],
+)
+def test_describes_the_balance_batch(command_line, line):
+    args = arguments(*command_line)
+    settings = Settings.create(**{name: getattr(args, f"moe_lbl_{name}") for name in Settings.__dataclass_fields__})
+    assert line in flags.describe(args, settings)[0]
+
+
+def test_says_by_what_factor_a_taken_over_loss_changes():
+    args = arguments(*GLOBAL, moe_router_load_balancing_type="global_aux_loss")
+    lines = flags.describe(args, Settings.create(scope="global"))
+    assert any("global_aux_loss is taken over" in line and "factor of 8" in line for line in lines)
+
+
+def test_flags_have_a_group_of_their_own():
+    parser = flags.add_arguments(argparse.ArgumentParser())
+    help_text = parser.format_help()
+    assert "mixture-of-experts load-balancing loss:" in help_text
+    assert help_text.count("--moe-lbl-") >= 7
