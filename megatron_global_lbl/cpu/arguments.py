@@ -24,9 +24,9 @@ class Rule(NamedTuple):
     fine: tuple[Any, ...] = ()
 
 
-def _without_moe_act(modules: list[str] | None) -> list[str] | None:
+def _with_kept_output(modules: list[str] | None) -> list[str] | None:
     # An empty list is Megatron's default, which is spelled None.
-    return [module for module in modules or () if module != "moe_act"] or None
+    return [module for module in modules or () if module not in ("layernorm", "mla_up_proj", "moe_act")] or None
 
 
 RULES = (
@@ -75,7 +75,7 @@ RULES = (
     Rule("no_persist_layer_norm", True, CUDA_KERNEL),
     Rule("memory_efficient_layer_norm", False, CUDA_KERNEL),
     Rule("moe_grouped_gemm", False, CUDA_KERNEL),
-    Rule("recompute_modules", _without_moe_act, "recomputing moe_act needs --moe-grouped-gemm"),
+    Rule("recompute_modules", _with_kept_output, "those left out are recomputed with Transformer Engine only"),
     Rule("batch_invariant_mode", False, CUDA_KERNEL),
     Rule("use_flash_attn", False, CUDA_KERNEL),
     Rule("attention_backend", "unfused", CUDA_KERNEL, fine=("auto", "local")),

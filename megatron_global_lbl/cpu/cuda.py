@@ -260,7 +260,7 @@ def install() -> None:
         start_loader(self, loader)
         torch.default_generator.set_state(state)
 
-    _BaseDataLoaderIter.__init__ = start_loader_and_restore
+    _BaseDataLoaderIter.__init__ = start_loader_and_restore  # type: ignore[method-assign]
 
     mode = CudaIsCpu()
     mode.__enter__()

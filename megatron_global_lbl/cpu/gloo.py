@@ -23,7 +23,10 @@ def install() -> None:
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        splits = (s.tolist() if isinstance(s, torch.Tensor) else s for s in (output_split_sizes, input_split_sizes))
-        return all_to_all_single(output, input, *splits, *args, **kwargs)
+        return all_to_all_single(output, input, _as_list(output_split_sizes), _as_list(input_split_sizes), *args, **kwargs)
 
     torch.distributed.all_to_all_single = with_tensor_splits
+
+
+def _as_list(splits: Any) -> Any:
+    return splits.tolist() if isinstance(splits, torch.Tensor) else splits
