@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from typing import Self
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -36,7 +35,7 @@ class TrainingProgress:
             disable=not console.is_terminal,
         )
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> TrainingProgress:
         self._bar.start()
         self._task = self._bar.add_task(self._title, total=self._steps, note=self._start_note)
         self._say(self._start_note, force=True)
