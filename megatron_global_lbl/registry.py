@@ -58,8 +58,10 @@ class Handle:
         global _active
         if _active is self:
             _active = None
-        self._engine.discard()
-        self._patches.restore()
+        try:
+            self._engine.discard()
+        finally:
+            self._patches.restore()
 
     def state_dict(self) -> dict:
         """What must travel in a checkpoint of a loop of your own; empty except for scope `window`.
