@@ -7,45 +7,17 @@ The hook tells it of every router forward (`route`), of the end of a step (`end_
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
-import torch.distributed as dist
 from torch import Tensor, nn
 
-from megatron_global_lbl.attach import BackwardScale, attach_loss
+from megatron_global_lbl.attach import attach_loss
 from megatron_global_lbl.balance import LayerBalance
 from megatron_global_lbl.collective import BalanceGroup
+from megatron_global_lbl.facts import RouterFacts
 from megatron_global_lbl.record import BalanceRecord
 from megatron_global_lbl.settings import ConfigError, Scope, Settings, Sync
 from megatron_global_lbl.window import Window
-
-
-@dataclass(frozen=True)
-class RouterFacts:
-    """What the hook knows of a router; all of it fixed for the router's life.
-
-    Attributes:
-        key: names the layer in a checkpoint: its number in the whole model, "mtp.N" for multi-token prediction.
-        coeff: alpha of the load-balancing loss; share of it if the layer is applied several times per micro-batch.
-        stage: process group of the pipeline stage (TP x CP x DP).
-        model: process group of one data-parallel rank (TP x CP).
-        pipeline_stage: index of the stage.
-        topk: experts per token.
-        per_token: `--calculate-per-token-loss`.
-        backward_scale: see attach.py.
-        log: takes the layer's LBL at the step's end (sum over micro-batches, this rank's share).
-    """
-
-    key: str
-    coeff: float
-    stage: dist.ProcessGroup
-    model: dist.ProcessGroup
-    pipeline_stage: int
-    topk: int
-    per_token: bool
-    backward_scale: BackwardScale
-    log: Callable[[Tensor], None]
 
 
 class Engine:
@@ -136,12 +108,12 @@ class Engine:
                     "aux_loss or global_aux_loss in --moe-router-load-balancing-type with a --moe-aux-loss-coeff > 0"
                 )
             return
-        layers = list(self._layers.values())
         if self.replaces_loss(iteration):
             for router, layer in self._layers.items():
                 self._facts[router].log(layer.loss_sum)
         if self.window is not None:
-            self.window.step_completed(layers, blocking=self.settings.sync is Sync.BLOCKING)
+            counts = [(layer.window, layer.step_counts) for layer in self._layers.values() if layer.window is not None]
+            self.window.step_completed(counts, blocking=self.settings.sync is Sync.BLOCKING)
         if self.record is not None:
             self.record.write(self.steps_completed + 1 if iteration is None else iteration + 1)
         self._forget_step()

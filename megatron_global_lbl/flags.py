@@ -72,7 +72,7 @@ def activate(args: argparse.Namespace) -> registry.Handle:
         settings = Settings.create(
             **{name: getattr(args, f"moe_lbl_{name}") for name in Settings.__dataclass_fields__},
         )
-        if settings.scope is not Scope.MICRO:
+        if settings.scope is not Scope.MICRO or settings.metrics_dir is not None:
             _require_something_to_act_on(args, settings)
             _require_supported(args, settings)
         if settings.group_size is not None and args.data_parallel_size % settings.group_size:
@@ -136,8 +136,15 @@ def describe(args: argparse.Namespace, settings: Settings) -> list[str]:
     return lines
 
 
+def _asked_for(settings: Settings) -> str:
+    """The flag that needs a load-balancing loss: the scope, or in scope `micro` the record of it."""
+    if settings.scope is Scope.MICRO:
+        return f"{flag('metrics_dir')} {settings.metrics_dir}"
+    return f"{flag('scope')} {settings.scope.value}"
+
+
 def _require_something_to_act_on(args: argparse.Namespace, settings: Settings) -> None:
-    chosen = f"{flag('scope')} {settings.scope.value}"
+    chosen = _asked_for(settings)
     if not args.num_experts:
         raise ConfigError(f"{chosen} needs a mixture of experts: --num-experts is not set")
     found = {kind: coeff for kind, coeff in losses(args).items() if kind in ACTED_ON}
@@ -160,7 +167,7 @@ def _require_something_to_act_on(args: argparse.Namespace, settings: Settings) -
 
 
 def _require_supported(args: argparse.Namespace, settings: Settings) -> None:
-    chosen = f"{flag('scope')} {settings.scope.value}"
+    chosen = _asked_for(settings)
     for name in ("use_megatron_fsdp", "use_torch_fsdp2", "use_custom_fsdp"):
         if getattr(args, name, False):
             raise ConfigError(f"{chosen} is not supported with --{name.replace('_', '-')} yet; allowed: Megatron's DDP")

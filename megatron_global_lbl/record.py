@@ -18,17 +18,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from megatron_global_lbl.collective import Reduction
+from megatron_global_lbl.facts import RouterFacts
 from megatron_global_lbl.settings import Settings
-
-if TYPE_CHECKING:
-    from megatron_global_lbl.engine import RouterFacts
 
 FORMAT = 1
 

@@ -12,22 +12,19 @@ Shape suffixes: G groups of data-parallel ranks (1 unless `--moe-lbl-group-size`
 from __future__ import annotations
 
 from collections import deque
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from megatron_global_lbl.collective import BalanceGroup, Reduction
 
-if TYPE_CHECKING:
-    from megatron_global_lbl.balance import LayerBalance
-
 
 class LayerWindow:
     """The last W steps' counts of one layer."""
 
     def __init__(self, steps: int, group: BalanceGroup, num_counts: int, device: torch.device, window: Window) -> None:
-        self._group = group
+        self.group = group
+        self.num_counts = num_counts
         self._owner = window
         self._steps: deque[Tensor] = deque()
         self._max_steps = steps
@@ -44,13 +41,13 @@ class LayerWindow:
     def counts(self) -> Tensor:
         """[C] sums over the completed steps of this rank's group; zeros before the first."""
         self._owner.settle()
-        return self._sum_GC[self._group.index]
+        return self._sum_GC[self.group.index]
 
     @property
     def tokens_per_rank(self) -> Tensor:
         """Mean number of valid tokens per data-parallel rank and micro-batch in the window, at least a tiny number."""
         counts_C = self.counts
-        micro_batches = counts_C[-1] / self._group.model.size()
+        micro_batches = counts_C[-1] / self.group.model.size()
         return counts_C[-2].clamp(min=1) / micro_batches.clamp(min=1)
 
     def state(self) -> Tensor:
@@ -80,7 +77,7 @@ class Window:
 
     def __init__(self, steps: int) -> None:
         self.steps = steps
-        self._under_way: tuple[Reduction, list[LayerBalance]] | None = None
+        self._under_way: tuple[Reduction, list[LayerWindow]] | None = None
         self._loaded: dict[str, Tensor] = {}
         self._layers: dict[str, LayerWindow] = {}
 
@@ -91,14 +88,19 @@ class Window:
             layer.load(self._loaded.pop(key))
         return layer
 
-    def step_completed(self, layers: list[LayerBalance], *, blocking: bool) -> None:
-        """Start summing the completed step's counts over the ranks of the stage."""
+    def step_completed(self, counts: list[tuple[LayerWindow, Tensor]], *, blocking: bool) -> None:
+        """Start summing the completed step over the ranks of the stage.
+
+        Args:
+            counts: each layer's window, and its [C] counts of the step on this rank.
+            blocking: wait for the sums on the spot.
+        """
         self.settle()
-        group = layers[0].group
-        local = torch.cat([layer.step_counts for layer in layers])
+        group = counts[0][0].group
+        local = torch.cat([counts_C for _, counts_C in counts])
         packed = torch.zeros(group.parts, local.numel(), dtype=torch.int64, device=local.device)
         packed[group.index] = local
-        self._under_way = (Reduction(packed, group.stage, blocking=blocking), layers)
+        self._under_way = (Reduction(packed, group.stage, blocking=blocking), [layer for layer, _ in counts])
 
     def settle(self) -> None:
         """Wait for the step under way, if any, and push its counts into the layers' windows."""
@@ -106,9 +108,8 @@ class Window:
             return
         reduction, layers = self._under_way
         self._under_way = None
-        for layer, counts_GC in zip(layers, reduction.wait().split([x.num_experts + 2 for x in layers], dim=1)):
-            assert layer.window is not None
-            layer.window.push(counts_GC)
+        for layer, counts_GC in zip(layers, reduction.wait().split([layer.num_counts for layer in layers], dim=1)):
+            layer.push(counts_GC)
 
     def state(self) -> dict[str, Tensor]:
         """What the window remembers, by layer key; includes what was loaded for layers not met yet."""

@@ -20,7 +20,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_global_lbl.engine import Engine, RouterFacts
+from megatron_global_lbl.engine import Engine
+from megatron_global_lbl.facts import RouterFacts
 from megatron_global_lbl.hook import compatibility
 from megatron_global_lbl.hook.patching import Patches
 from megatron_global_lbl.hook.step import current_iteration

@@ -44,6 +44,7 @@ GLOBAL = ("--moe-lbl-scope", "global")
         (arguments(*GLOBAL, "--moe-lbl-window-steps", "4"), "--moe-lbl-window-steps 4 has no effect"),
         (arguments("--moe-lbl-scope", "window", "--moe-lbl-window-steps", "0"), "allowed: an integer >= 1"),
         (arguments(*GLOBAL, "--moe-lbl-start-iter", "-1"), "--moe-lbl-start-iter -1: not allowed"),
+        (arguments("--moe-lbl-metrics-dir", "d", moe_aux_loss_coeff=0.0), "--moe-lbl-metrics-dir d has nothing to act on"),
         (arguments(*GLOBAL, use_megatron_fsdp=True), "not supported with --use-megatron-fsdp yet"),
         (arguments(*GLOBAL, cuda_graph_impl="local"), "not supported with CUDA graphs yet"),
         (arguments("--moe-lbl-scope", "window", save="x", ckpt_format="torch_dcp"), "--ckpt-format torch_dcp"),

@@ -16,8 +16,7 @@ CPU = torch.device("cpu")
 def completed(window: Window, step: int) -> torch.Tensor:
     """Complete a step whose counts are known: 3 experts, tokens, micro-batches."""
     counts = torch.tensor([step, 2 * step + 1, 5, 2 * step + 7, 2])
-    layer = SimpleNamespace(group=GROUP, step_counts=counts, num_experts=3, window=window._layers["1"])
-    window.step_completed([layer], blocking=False)
+    window.step_completed([(window._layers["1"], counts)], blocking=False)
     return counts
 
 
