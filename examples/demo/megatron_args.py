@@ -14,7 +14,7 @@ from pathlib import Path
 class Size:
     """What a longer or shorter demo changes."""
 
-    steps: int = 120
+    steps: int = 80
     sequence_length: int = 256
     global_batch: int = 16  # sequences: 4 data-parallel ranks x 4 micro-batches of one sequence
     valid_sequences: int = 48  # per domain; a multiple of the number of processes
@@ -35,8 +35,8 @@ def training_arguments(size: Size, paths: dict[str, dict[str, str]], out: Path) 
     model = f"""
         --num-layers {LAYERS} --hidden-size 128 --ffn-hidden-size 256 --num-attention-heads 4
         --seq-length {size.sequence_length} --max-position-embeddings {size.sequence_length}
-        --position-embedding-type learned_absolute --swiglu --normalization RMSNorm --disable-bias-linear
-        --attention-dropout 0 --hidden-dropout 0 --init-method-std 0.02
+        --position-embedding-type rope --swiglu --normalization RMSNorm --disable-bias-linear
+        --attention-dropout 0 --hidden-dropout 0 --init-method-std 0.09
     """
     moe = f"""
         --num-experts {EXPERTS} --moe-router-topk {TOPK} --moe-ffn-hidden-size 128 --moe-router-dtype fp32
@@ -45,7 +45,7 @@ def training_arguments(size: Size, paths: dict[str, dict[str, str]], out: Path) 
     """
     training = f"""
         --micro-batch-size 1 --global-batch-size {size.global_batch} --train-iters {size.steps} --seed 1234
-        --lr 3e-3 --min-lr 3e-4 --lr-decay-style cosine --lr-warmup-iters {max(1, size.steps // 10)}
+        --lr 5e-3 --min-lr 5e-4 --lr-decay-style cosine --lr-warmup-iters {max(1, size.steps // 10)}
         --adam-beta2 0.95 --weight-decay 0.1 --clip-grad 1.0
     """
     # An interval that does not divide the steps: Megatron evaluates once more at the end of the training by itself.
@@ -57,7 +57,8 @@ def training_arguments(size: Size, paths: dict[str, dict[str, str]], out: Path) 
     plain = """
         --transformer-impl local --distributed-backend gloo --use-cpu-initialization
         --no-persist-layer-norm --no-gradient-accumulation-fusion --no-bias-swiglu-fusion --no-masked-softmax-fusion
-        --no-create-attention-mask-in-dataloader --num-workers 0 --log-interval 1 --ckpt-format torch
+        --no-rope-fusion --no-create-attention-mask-in-dataloader --num-workers 0 --log-interval 1
+        --ckpt-format torch
     """
     data = f"--tokenizer-type NullTokenizer --vocab-size {VOCAB_SIZE} --make-vocab-size-divisible-by 1"
     arguments = f"{model} {moe} {training} {evaluation} {plain} {data}".split()
