@@ -16,6 +16,9 @@ EXTRAS = {
     "te": ["transformer-engine[pytorch]"],
     # Pictures of a run's balance record (matplotlib) and tables in the terminal (rich).
     "report": ["matplotlib>=3.8", "rich>=13"],
+    # The demo's Russian text: message catalogues in a package of a few hundred kilobytes, without dependencies. The other five
+    # domains are files of Python, PyTorch and the packages above.
+    "demo": ["jupyterlab-language-pack-ru-RU"],
     # pytest-timeout: a hanging rank fails its test instead of the whole run. tensorboard: event files are read back by it.
     "test": ["pytest>=8", "pytest-timeout>=2.3", "tensorboard>=2.16"],
     # One gate for format, lint and types.
