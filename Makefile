@@ -17,8 +17,8 @@ $(STAMP): setup.py constraints.txt scripts/find-python
 	@test -x $(BIN)/python || { python=$$(scripts/find-python) \
 	  && echo "Setting up $(VENV) with $$python (downloads PyTorch on the first run: several minutes on a slow line)" \
 	  && $$python -m venv $(VENV); }
-	$(BIN)/python -m pip install --progress-bar on -q --upgrade pip
-	$(BIN)/python -m pip install -q -c constraints.txt -e '.[megatron,report,demo,test,checks]'
+	$(BIN)/python -m pip install -q --upgrade pip
+	$(BIN)/python -m pip install -c constraints.txt -e '.[megatron,report,demo,test,checks]'
 	@touch $@
 
 demo: $(STAMP)
