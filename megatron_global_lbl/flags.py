@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
+import time
 
 from megatron_global_lbl import registry
 from megatron_global_lbl.settings import DEFAULT_WINDOW_STEPS, ConfigError, Scope, Settings, flag
 
 GROUP = "mixture-of-experts load-balancing loss"
+START_SKEW_SECONDS = 10
 ACTED_ON = ("aux_loss", "global_aux_loss")
 
 
@@ -66,7 +69,7 @@ def activate(args: argparse.Namespace) -> registry.Handle:
     """Check the flags against Megatron's validated arguments, say on rank 0 what is on, and register the hook.
 
     Raises:
-        SystemExit: with one line, on every rank, if anything about them cannot work.
+        SystemExit: after one line on stderr, on every rank, if anything about them cannot work.
     """
     try:
         settings = Settings.create(
@@ -82,7 +85,8 @@ def activate(args: argparse.Namespace) -> registry.Handle:
             )
         handle = registry.register(**{name: getattr(settings, name) for name in Settings.__dataclass_fields__})
     except (ConfigError, ImportError) as error:
-        raise SystemExit(f"megatron_global_lbl: error: {error}") from None
+        _say_on_every_rank(f"megatron_global_lbl: error: {error}")
+        raise SystemExit(1) from None
     for name in Settings.__dataclass_fields__:  # what later readers of the arguments see: checked values
         value = getattr(settings, name)
         setattr(args, f"moe_lbl_{name}", getattr(value, "value", value))
@@ -90,6 +94,13 @@ def activate(args: argparse.Namespace) -> registry.Handle:
         for line in describe(args, settings):
             print(f"> moe-lbl: {line}", flush=True)
     return handle
+
+
+def _say_on_every_rank(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        # torchrun ends the other ranks as soon as one has exited; the slower ones shall say it, too.
+        time.sleep(START_SKEW_SECONDS)
 
 
 def losses(args: argparse.Namespace) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""What in Megatron itself assumes the libraries of a GPU machine. Five things."""
+"""What in Megatron itself assumes the libraries of a GPU machine. A few things."""
 
 from __future__ import annotations
 
@@ -12,11 +12,20 @@ import torch
 
 def install() -> None:
     """Put the stand-ins into the installed Megatron-Core."""
+    _router_without_transformer_engine()
     _norm_with_sequence_parallel()
     _attention_with_two_widths()
     _resume_with_torch_adam()
     _keep_built_dataset_helper()
     _one_generator()
+
+
+def _router_without_transformer_engine() -> None:
+    """Until 0.16 the router asks whether `te_general_gemm` is None, a name it only has with Transformer Engine."""
+    from megatron.core.transformer.moe import moe_utils
+
+    if not hasattr(moe_utils, "te_general_gemm"):
+        moe_utils.te_general_gemm = None
 
 
 def _norm_with_sequence_parallel() -> None:

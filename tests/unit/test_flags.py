@@ -50,11 +50,13 @@ GLOBAL = ("--moe-lbl-scope", "global")
         (arguments("--moe-lbl-scope", "window", save="x", ckpt_format="torch_dcp"), "--ckpt-format torch_dcp"),
     ],
 )
-def test_refused_with_one_line(args, message):
+def test_refused_with_one_line(args, message, monkeypatch, capsys):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
     with pytest.raises(SystemExit) as exit:
         flags.activate(args)
-    line = str(exit.value)
-    assert message in line and line.startswith("megatron_global_lbl: error: ") and "\n" not in line
+    assert exit.value.code == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line and line.startswith("megatron_global_lbl: error: ")
 
 
 @pytest.mark.parametrize(
