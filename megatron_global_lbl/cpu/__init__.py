@@ -2,9 +2,9 @@
 
     torchrun --nproc-per-node 4 -m megatron_global_lbl --cpu pretrain_gpt.py ARGS
 
-It stands in for `torch.cuda` and for nothing else: model, schedule, dispatchers, optimizer, checkpoints are Megatron's own
-code, run by Megatron's own training loop. What can only work on a GPU is changed in the arguments, with one line on rank 0
-per change. Nothing here is loaded unless `--cpu` asks for it.
+It stands in for `torch.cuda`, and for the few places where Megatron fails without Transformer Engine or Apex. Model,
+schedule, dispatchers, optimizer and checkpoints are Megatron's own code, run by Megatron's own training loop. What can only
+work on a GPU is changed in the arguments, with one line on rank 0 per change. Nothing is loaded unless `--cpu` asks for it.
 
 What a run in CPU mode does NOT show: speed, memory, NCCL, fused kernels and Transformer Engine, CUDA graphs, the hiding of
 communication behind compute (every stream is the one CPU thread), and anything about context parallelism's attention, which
@@ -13,7 +13,7 @@ Megatron has in Transformer Engine only.
 | file | idea |
 |---|---|
 | `cuda.py` | the names in `torch.cuda`, and one function mode that turns every CUDA device into the CPU |
-| `megatron.py` | what in Megatron itself assumes a GPU's libraries: the norm, the dataset helper, one warning |
+| `megatron.py` | what in Megatron itself assumes the libraries of a GPU machine (Transformer Engine, Apex) |
 | `gloo.py` | the one collective that gets its arguments in another form |
 | `arguments.py` | the flags that only work on a GPU, each with its replacement and the reason |
 

@@ -1,4 +1,4 @@
-"""What in Megatron itself assumes the libraries of a GPU machine. A few things."""
+"""What in Megatron itself assumes the libraries of a GPU machine. Each function here is one such place."""
 
 from __future__ import annotations
 

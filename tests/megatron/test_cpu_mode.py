@@ -89,7 +89,7 @@ def train(ranks: int, *flags: str, iterations: int = 4) -> Run:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=300,
+        timeout=500,
     )
     # The last lines of the first rank to fail, rather than torchrun's report at the end.
     output = done.stdout
