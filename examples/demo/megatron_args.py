@@ -14,7 +14,7 @@ from pathlib import Path
 class Size:
     """What a longer or shorter demo changes."""
 
-    steps: int = 64
+    steps: int = 48
     sequence_length: int = 256
     global_batch: int = 16  # sequences: 4 data-parallel ranks x 4 micro-batches of one sequence
     valid_sequences: int = 48  # per domain; a multiple of the number of processes
