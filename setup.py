@@ -37,4 +37,5 @@ setup(
     packages=find_packages(include=["megatron_global_lbl", "megatron_global_lbl.*"]),
     package_data={"megatron_global_lbl": ["py.typed"]},
     extras_require=EXTRAS,
+    entry_points={"console_scripts": ["megatron-lbl = megatron_global_lbl.command:main"]},
 )
