@@ -1,0 +1,135 @@
+"""Counts what a piece of code makes the device do, without a GPU: kernels launched, host synchronisations, bytes kept.
+
+Every ATen operator that reads or writes elements counts as one kernel; views and allocations count as none. That is exact
+for the pointwise, reduction and copy operators of a load-balancing loss. `topk` is more than one kernel on CUDA, and
+`_softmax_backward_data` makes an expanded gradient contiguous first; both count as one here. With a GPU `kernels_on_gpu` counts
+what really ran.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+# Operators that allocate or rename but launch nothing and are not marked as views.
+NO_KERNEL = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view", "lift_fresh", "_wrapped"}
+# Operators through which the host waits for the device.
+HOST_WAITS = {"_local_scalar_dense", "nonzero", "masked_select", "unique_dim", "_unique2"}
+
+
+@dataclass(frozen=True)
+class Op:
+    """One launch.
+
+    Attributes:
+        name: ATen operator.
+        result: dtype and shape of its first result.
+        traffic: bytes of its tensor arguments and results; an expanded tensor counts what it holds, not what it shows.
+    """
+
+    name: str
+    result: str
+    traffic: int = field(compare=False)
+
+    def __str__(self) -> str:
+        return f"{self.name} -> {self.result}"
+
+
+@dataclass
+class Launches(TorchDispatchMode):
+    """While active, records every launch (forward, and backward on the same thread), in order."""
+
+    ops: list[Op] = field(default_factory=list)
+    host_waits: list[str] = field(default_factory=list)
+    collectives: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        super().__init__()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        name = func.overloadpacket.__name__
+        if func.namespace == "c10d":
+            self.collectives.append(name)
+        elif name in HOST_WAITS:
+            self.host_waits.append(name)
+        elif not func.is_view and name not in NO_KERNEL:
+            results = _tensors(result)
+            shown = f"{str(results[0].dtype).removeprefix('torch.')}{list(results[0].shape)}" if results else "-"
+            # `zeros_like` does not read what it is like. In-place results are arguments, too: each tensor counts once.
+            read = [] if name.endswith("_like") else _tensors((args, kwargs))
+            touched = {tensor.data_ptr(): _held_bytes(tensor) for tensor in (*read, *results)}
+            self.ops.append(Op(name, shown, sum(touched.values())))
+        return result
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+def _held_bytes(tensor: Tensor) -> int:
+    numbers = 1
+    for size, stride in zip(tensor.shape, tensor.stride()):
+        numbers *= size if stride else 1
+    return numbers * tensor.element_size()
+
+
+class KeptBytes(TorchDispatchMode):
+    """While active, remembers every allocation; `alive` tells afterwards how much of it somebody still holds.
+
+    So it counts tensors saved for the backward and tensors kept as attributes alike, each storage once.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._older: set[int] = set()
+        self._seen: dict[int, tuple[StorageWeakRef, int]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        # What comes in without having been seen as a result is older than this: weights, buffers, inputs.
+        for tensor in _tensors((args, kwargs)):
+            reference = StorageWeakRef(tensor.untyped_storage())
+            if reference.cdata not in self._seen:
+                self._older.add(reference.cdata)
+        result = func(*args, **(kwargs or {}))
+        for tensor in _tensors(result):
+            storage = tensor.untyped_storage()
+            reference = StorageWeakRef(storage)
+            if reference.cdata not in self._older:
+                self._seen[reference.cdata] = (reference, storage.nbytes())
+        return result
+
+    def alive(self, *, without: list[Tensor]) -> int:
+        """Bytes that are still held, apart from the storages of the given tensors."""
+        excluded = {StorageWeakRef(tensor.untyped_storage()).cdata for tensor in without}
+        return sum(size for key, (ref, size) in self._seen.items() if key not in excluded and not ref.expired())
+
+
+@dataclass(frozen=True)
+class GpuWork:
+    """Kernels (with copies and memsets) that ran on the GPU, and the sum of their times in microseconds."""
+
+    kernels: float
+    microseconds: float
+
+
+def kernels_on_gpu(work: Callable[[], Any], repeats: int) -> GpuWork:
+    """Profile `repeats` calls of `work`; the figures are per call."""
+    from torch.autograd import DeviceType
+    from torch.profiler import ProfilerActivity, profile
+
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+        for _ in range(repeats):
+            work()
+        torch.cuda.synchronize()
+    events = [event for event in profiler.events() if event.device_type == DeviceType.CUDA]
+    return GpuWork(len(events) / repeats, sum(event.time_range.elapsed_us() for event in events) / repeats)

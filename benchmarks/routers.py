@@ -1,0 +1,181 @@
+"""The routers that the benchmarks compare: three models' sizes, and the losses that can be attached to them.
+
+Shape suffixes: T tokens of this rank in one micro-batch, H hidden size, E experts.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """What of a model the cost of its load-balancing loss depends on.
+
+    Attributes:
+        experts: E.
+        topk: experts per token.
+        hidden: H.
+        moe_layers: of the whole model.
+        source: where the numbers are from.
+        router: further fields of Megatron's `TransformerConfig`.
+    """
+
+    experts: int
+    topk: int
+    hidden: int
+    moe_layers: int
+    source: str
+    router: tuple[tuple[str, Any], ...] = ()
+
+
+MODELS = {
+    "qwen3-30b-a3b": ModelSize(128, 8, 2048, 48, "Qwen3-30B-A3B's config.json: softmax, norm_topk_prob"),
+    "deepseek-v3": ModelSize(
+        256,
+        8,
+        7168,
+        58,
+        "DeepSeek-V3's config.json: sigmoid, expert bias, 4 of 8 groups; 61 layers, the first 3 dense",
+        (
+            ("moe_router_score_function", "sigmoid"),
+            ("moe_router_enable_expert_bias", True),
+            ("moe_router_num_groups", 8),
+            ("moe_router_group_topk", 4),
+            ("moe_router_topk_scaling_factor", 2.5),
+        ),
+    ),
+    # The paper gives 64 experts and top-4; hidden size and number of layers are not in it and stand for its 3.4A0.6B.
+    "paper-3.4b-a0.6b": ModelSize(64, 4, 1024, 24, "arXiv 2501.11873: 64 experts, top-4; hidden size and layers assumed"),
+}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A load-balancing loss.
+
+    Attributes:
+        upstream: Megatron's `--moe-router-load-balancing-type`.
+        register: arguments of `megatron_global_lbl.register`; None for Megatron alone.
+    """
+
+    upstream: str
+    register: tuple[tuple[str, str], ...] | None = None
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        """Megatron with this loss while inside."""
+        import megatron_global_lbl as lbl
+
+        with lbl.registered(**dict(self.register)) if self.register else nullcontext():
+            yield
+
+
+VARIANTS = {
+    "none": Variant("none"),
+    "aux_loss": Variant("aux_loss"),
+    "global_aux_loss": Variant("global_aux_loss"),
+    "dp": Variant("aux_loss", (("scope", "dp"),)),
+    "global": Variant("aux_loss", (("scope", "global"),)),
+    "global blocking": Variant("aux_loss", (("scope", "global"), ("sync", "blocking"))),
+    "window": Variant("aux_loss", (("scope", "window"),)),
+}
+BASELINE = "none"
+COEFF = 1e-2
+
+
+def start(*, gpu: bool) -> None:
+    """Process group and Megatron's groups for torchrun's ranks, or for one rank without torchrun."""
+    backend = "nccl" if gpu else "gloo"
+    if gpu:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    if "RANK" in os.environ:
+        dist.init_process_group(backend)
+    else:
+        store = dist.TCPStore("127.0.0.1", 0, 1, is_master=True)
+        dist.init_process_group(backend, store=store, rank=0, world_size=1)
+    start_megatron()
+
+
+def start_megatron() -> None:
+    """Megatron's groups in a process group that exists: all ranks data-parallel."""
+    from megatron.core import parallel_state, tensor_parallel
+
+    parallel_state.initialize_model_parallel()
+    tensor_parallel.model_parallel_cuda_manual_seed(1)
+
+
+def stop() -> None:
+    """Undo `start`."""
+    from megatron.core import parallel_state
+
+    parallel_state.destroy_model_parallel()
+    dist.destroy_process_group()
+
+
+def build(model: ModelSize, variant: Variant, router_dtype: str | None):
+    """Megatron's `TopKRouter` of a bf16 model, on the device, in training mode.
+
+    Args:
+        model: its size.
+        variant: its loss; enter `variant.active()` around forward and backward.
+        router_dtype: Megatron's `--moe-router-dtype`; None computes the logits in bf16.
+    """
+    from megatron.core.process_groups_config import ProcessGroupCollection
+    from megatron.core.transformer import TransformerConfig
+    from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+    from megatron.core.transformer.moe.router import TopKRouter
+
+    options = dict(model.router)
+    if variant.upstream != "none":
+        options["moe_aux_loss_coeff"] = COEFF
+    config = TransformerConfig(
+        num_layers=model.moe_layers,
+        hidden_size=model.hidden,
+        num_attention_heads=8,
+        num_moe_experts=model.experts,
+        moe_router_topk=model.topk,
+        moe_router_load_balancing_type=variant.upstream,
+        moe_router_dtype=router_dtype,
+        bf16=True,
+        params_dtype=torch.bfloat16,
+        add_bias_linear=False,
+        use_cpu_initialization=not torch.cuda.is_available(),
+        **options,
+    )
+    router = TopKRouter(config=config, pg_collection=ProcessGroupCollection.use_mpu_process_groups())
+    router.set_layer_number(1)
+    # What Float16Module does to a model, buffers included.
+    router = router.bfloat16().to(device_of_tensors()).train()
+    # As the schedule does before each backward, with 8 micro-batches.
+    MoEAuxLossAutoScaler.set_loss_scale(torch.ones(1, device=device_of_tensors()) / 8)
+    return router
+
+
+def device_of_tensors() -> torch.device:
+    """Where tensors are: CPU mode replaces `torch.cuda`, so it cannot be asked."""
+    return torch.empty(0, device="cuda").device
+
+
+def micro_batch(model: ModelSize, tokens: int) -> tuple[Tensor, Tensor]:
+    """Input [T, 1, H] of the router, and the gradient [T, E] of its probabilities."""
+    generator = torch.Generator().manual_seed(1 + dist.get_rank())
+    hidden = torch.randn(tokens, 1, model.hidden, generator=generator).bfloat16().to(device_of_tensors())
+    gradient = torch.randn(tokens, model.experts, generator=generator).to(device_of_tensors())
+    return hidden.requires_grad_(), gradient
+
+
+def end_of_step(router) -> None:
+    """What happens once per step for these losses: the plugin's step end, upstream's reset."""
+    import megatron_global_lbl as lbl
+
+    lbl.end_step()
+    router.reset_global_aux_loss_tracker()
