@@ -32,8 +32,9 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the plugin, when it is not installed
 
 from launches import GpuWork, KeptBytes, Launches, Op, kernels_on_gpu
+from models import MODELS
 from report import machine, table
-from routers import BASELINE, MODELS, VARIANTS, build, end_of_step, micro_batch, start, stop
+from routers import BASELINE, VARIANTS, build, end_of_step, micro_batch, start, stop
 
 WARM_UP_STEPS = 2
 COUNTED_TOKENS = (96, 192)  # launches do not depend on the tokens; kept bytes are a line through these two

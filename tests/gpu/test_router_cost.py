@@ -41,7 +41,8 @@ def test_kernels(model, router_dtype):
 
 def test_bytes_kept_by_the_allocator():
     """What tests/distributed/test_loss_cost.py counts without a GPU, asked of CUDA's allocator."""
-    from routers import MODELS, VARIANTS, build, end_of_step, micro_batch
+    from models import MODELS
+    from routers import VARIANTS, build, end_of_step, micro_batch
 
     size = MODELS["qwen3-30b-a3b"]
     kept = {}

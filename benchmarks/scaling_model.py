@@ -1,0 +1,226 @@
+"""What the load-balancing losses add to a training step on 8 to 16,384 GPUs: a model, not a measurement.
+
+    python benchmarks/scaling_model.py            # the tables of docs/scaling.md
+
+Imports nothing but the standard library. Times in microseconds, sizes in bytes.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from models import MODELS, ModelSize
+
+# --- The latency of a small all-reduce: NCCL's own cost model, for the algorithm that it picks for these sizes. ---
+# NCCL 2.30.7, src/graph/tuning.cc (commit 5067397c): ncclTunerConstantsDefaults and ncclTopoTuneModel, Tree / LL.
+NCCL_BASE = 6.8  # baseLatencies, Tree, LL
+NCCL_NVLINK = 0.6  # hwLatencies, NVLink, Tree, LL
+NCCL_NETWORK = 5.0  # hwLatencies, network, Tree, LL
+GPUS_PER_NODE = 8  # HGX / DGX H100
+# From NCCL's log in github.com/NVIDIA/nccl/issues/1453 (two nodes of 8 H100): it predicts 25.200924 us for 8 bytes, which is
+# this formula's 25.2, and 25.874907 us for 4096 bytes: 6.07 GB/s.
+NCCL_BYTES_PER_US = (4096 - 8) / (25.874907 - 25.200924)
+# The same issue's measured time for 8 bytes, 64.18 us, over NCCL's prediction: what a real, complained-about cluster needs.
+SLOW_CLUSTER = 64.18 / 25.200924
+
+# --- The compute that the latency hides behind, or adds to. ---
+H100_BF16_FLOPS_PER_US = 989e6  # dense bf16, H100 SXM data sheet: 989 TFLOP/s
+MODEL_FLOPS_UTILISATION = 0.4  # assumed; a higher one makes layers shorter, so latency shows earlier
+TOKENS_PER_MICRO_BATCH = 4096  # per GPU: one sequence of 4096
+BACKWARD_OVER_FORWARD = 2.0  # two matrix products per forward one; no recompute
+AFTER_ROUTER = 0.5  # assumed share of a layer's time behind its router: its experts (attention is before it)
+
+COUNTS_BYTES = 8  # int64, Megatron's global_aux_loss and ours alike
+EXTRA_COUNTS = 2  # ours: valid tokens and micro-batches beside the E counts
+
+
+@dataclass(frozen=True)
+class Training:
+    """How a model is trained.
+
+    Attributes:
+        model: key of `MODELS`.
+        active: parameters that a token uses, without embedding and output layer.
+        layers: transformer layers that `active` is spread over.
+        pipeline: pipeline stages.
+        micro_batches: per step.
+        smallest: GPUs below which the model does not fit in this layout.
+        source: of the numbers.
+    """
+
+    model: str
+    active: float
+    layers: int
+    pipeline: int
+    micro_batches: int
+    smallest: int
+    source: str
+
+    @property
+    def size(self) -> ModelSize:
+        return MODELS[self.model]
+
+    @property
+    def moe_layers_per_stage(self) -> int:
+        return math.ceil(self.size.moe_layers / self.pipeline)
+
+    @property
+    def layer_forward(self) -> float:
+        """Forward of one layer and micro-batch on one GPU."""
+        flops = 2 * self.active / self.layers * TOKENS_PER_MICRO_BATCH
+        return flops / (H100_BF16_FLOPS_PER_US * MODEL_FLOPS_UTILISATION)
+
+    @property
+    def slots(self) -> int:
+        """Micro-batch times that a step takes on a stage: 1F1B's bubble included."""
+        return self.micro_batches + self.pipeline - 1
+
+    @property
+    def step(self) -> float:
+        """Compute of a step, without optimizer and gradient reduction, which are the same for all losses."""
+        return self.slots * self.moe_layers_per_stage * self.layer_forward * (1 + BACKWARD_OVER_FORWARD)
+
+
+TRAININGS = [
+    Training(
+        "qwen3-30b-a3b",
+        3.3e9 - 2 * 151_936 * 2048,
+        48,
+        1,
+        8,
+        8,
+        "3.3 B active parameters (model card) less embedding and output layer (vocabulary 151,936, hidden 2048)",
+    ),
+    Training(
+        "deepseek-v3",
+        37e9 - 2 * 129_280 * 7168,
+        61,
+        16,
+        64,
+        128,
+        "37 B active parameters, 16 pipeline stages (arXiv 2412.19437), less embedding and output layer (129,280 x 7168)",
+    ),
+    Training("paper-3.4b-a0.6b", 0.6e9, 24, 1, 8, 8, "0.6 B active parameters (arXiv 2501.11873); 24 layers assumed"),
+]
+GPUS = [8, 16, 64, 256, 1024, 4096, 16384]
+
+
+def all_reduce(ranks: int, payload: int, slowdown: float = 1.0) -> float:
+    """Time of an all-reduce of `payload` bytes over `ranks` GPUs, the nodes full; 0 for one rank."""
+    if ranks == 1:
+        return 0.0
+    nodes = math.ceil(ranks / GPUS_PER_NODE)
+    in_node = min(ranks, GPUS_PER_NODE) - 1
+    hops = in_node * NCCL_NVLINK + math.floor(math.log2(nodes)) * NCCL_NETWORK
+    return slowdown * (NCCL_BASE + 2 * hops + payload / NCCL_BYTES_PER_US)
+
+
+def overlapped_wait(layers: int, layer_forward: float, latency: float) -> float:
+    """How long one micro-batch's backward waits in sum, if every layer's forward starts a reduction.
+
+    The reductions of a group run one after the other. The last layer has the least time: only its own experts, forward and
+    backward, lie between the start and the wait. The output layer and the loss between them are left out, and so is what
+    other micro-batches put between them under 1F1B; both only add time to hide in.
+    """
+    layer_backward = layer_forward * BACKWARD_OVER_FORWARD
+    done = [0.0]
+    for layer in range(layers):
+        started = (layer + 1 - AFTER_ROUTER) * layer_forward
+        done.append(max(done[-1], started) + latency)
+    now, waited = layers * layer_forward, 0.0
+    for finished in reversed(done[1:]):
+        now += AFTER_ROUTER * layer_backward
+        waited += max(0.0, finished - now)
+        now = max(now, finished) + (1 - AFTER_ROUTER) * layer_backward
+    return waited
+
+
+def layer_time_that_hides(layers: int, latency: float) -> float:
+    """The forward time of a layer below which the latency starts to show with overlap (bisection to 0.1 us)."""
+    low, high = 0.0, 10 * latency + 1.0
+    while high - low > 0.1:
+        middle = (low + high) / 2
+        low, high = (low, middle) if overlapped_wait(layers, middle, latency) <= 0 else (middle, high)
+    return high
+
+
+@dataclass(frozen=True)
+class Added:
+    """Microseconds that a step takes longer than without any collective for the loss."""
+
+    latency: float
+    upstream: float
+    overlap: float
+    window: float
+    hidden_from: float
+
+
+def added(training: Training, gpus: int, slowdown: float) -> Added:
+    """The model for one training on `gpus` GPUs; TP = CP = 1, so the data-parallel size is gpus / pipeline."""
+    ranks, layers = gpus // training.pipeline, training.moe_layers_per_stage
+    upstream = all_reduce(ranks, training.size.experts * COUNTS_BYTES, slowdown)
+    ours = all_reduce(ranks, (training.size.experts + EXTRA_COUNTS) * COUNTS_BYTES, slowdown)
+    packed = all_reduce(ranks, layers * (training.size.experts + EXTRA_COUNTS) * COUNTS_BYTES, slowdown)
+    return Added(
+        ours,
+        # Its all-reduce stands in the forward of every layer of every micro-batch.
+        training.slots * layers * upstream,
+        training.slots * overlapped_wait(layers, training.layer_forward, ours),
+        # Started at the end of a step, needed in the first backward of the next: a stage's forward (and the optimizer) between.
+        max(0.0, packed - layers * training.layer_forward),
+        layer_time_that_hides(layers, ours),
+    )
+
+
+HEAD = [
+    "GPUs",
+    "dp",
+    "all-reduce, us",
+    "`global_aux_loss` adds, ms",
+    "of the step",
+    "`dp`, `global` add, ms",
+    "`window` adds, ms",
+    "hidden if a layer's forward takes, us",
+    "or has, tokens",
+]
+
+
+def tables() -> str:
+    """The Markdown of docs/scaling.md: one table per model."""
+    parts = []
+    for training in TRAININGS:
+        layer, step, size = training.layer_forward, training.step, training.size
+        rows = [HEAD, ["---:"] * len(HEAD)]
+        for gpus in GPUS:
+            if gpus < training.smallest:
+                continue
+            good, slow = added(training, gpus, 1.0), added(training, gpus, SLOW_CLUSTER)
+            hidden = good.hidden_from, slow.hidden_from
+            tokens = [math.ceil(time / layer * TOKENS_PER_MICRO_BATCH) for time in hidden]
+            rows.append(
+                [
+                    f"{gpus:,}",
+                    f"{gpus // training.pipeline:,}",
+                    f"{good.latency:.0f} / {slow.latency:.0f}",
+                    f"{good.upstream / 1000:.1f} / {slow.upstream / 1000:.1f}",
+                    f"{good.upstream / step:.1%} / {slow.upstream / step:.1%}",
+                    f"{good.overlap / 1000:.1f} / {slow.overlap / 1000:.1f}",
+                    f"{good.window / 1000:.1f} / {slow.window / 1000:.1f}",
+                    f"{hidden[0]:.0f} / {hidden[1]:.0f}",
+                    f"{tokens[0]:,} / {tokens[1]:,}",
+                ]
+            )
+        parts.append(
+            f"### {training.model}\n\n"
+            f"{size.experts} experts, top-{size.topk}, {size.moe_layers} MoE layers, {training.pipeline} pipeline stage(s), "
+            f"{training.micro_batches} micro-batches. {training.source}. A layer's forward takes {layer:,.0f} us, "
+            f"a step with `aux_loss` {step / 1000:,.0f} ms.\n"
+        )
+        parts += ["| " + " | ".join(row) + " |" for row in rows]
+        parts.append("")
+    return "\n".join(parts).rstrip()
+
+
+if __name__ == "__main__":
+    print(tables())
