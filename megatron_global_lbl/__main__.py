@@ -41,9 +41,6 @@ def main(argv: list[str]) -> None:
 
     try:
         arguments.install()
-        if "--yaml-cfg" in argv:
-            # Megatron then drops everything that its parser read, these flags included.
-            raise ImportError("--yaml-cfg replaces all arguments, the flags --moe-lbl-* included; allowed: without it")
     except ImportError as error:
         raise SystemExit(f"megatron_global_lbl: error: {error}") from None
     runpy.run_path(str(script), run_name="__main__")

@@ -20,7 +20,21 @@ ACTED_ON = ("aux_loss", "global_aux_loss")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """Add the group of flags to Megatron's parser. Values are checked in `activate`, where one line can say what is wrong."""
+    """Add the group of flags to Megatron's parser. Values are checked in `activate`, where one line can say what is wrong.
+
+    A parser that has them already is left as it is: the launcher may run a patched Megatron-LM.
+
+    Raises:
+        SystemExit: after one line on stderr, on every rank, if Megatron would drop what it parses.
+    """
+    if "--moe-lbl-scope" in parser._option_string_actions:
+        return parser
+    if _given() and any(argument.split("=")[0] == "--yaml-cfg" for argument in sys.argv):
+        _say_on_every_rank(
+            f"megatron_global_lbl: error: {_given()[0]} has no effect with --yaml-cfg, which replaces all arguments; allowed: "
+            "without it"
+        )
+        raise SystemExit(1)
     group = parser.add_argument_group(title=GROUP)
     group.add_argument(
         "--moe-lbl-scope",
@@ -65,8 +79,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     return parser
 
 
-def activate(args: argparse.Namespace) -> registry.Handle:
+def activate(args: argparse.Namespace) -> registry.Handle | None:
     """Check the flags against Megatron's validated arguments, say on rank 0 what is on, and register the hook.
+
+    Nothing happens in a run that does not use the flags: a patched Megatron-LM serves dense models and scripts that call
+    `register` themselves, too. The second call in a process (the launcher on a patched tree) changes and says nothing.
 
     Raises:
         SystemExit: after one line on stderr, on every rank, if anything about them cannot work.
@@ -75,6 +92,8 @@ def activate(args: argparse.Namespace) -> registry.Handle:
         settings = Settings.create(
             **{name: getattr(args, f"moe_lbl_{name}") for name in Settings.__dataclass_fields__},
         )
+        if settings == Settings(scope=Scope.MICRO) and not _given():
+            return None
         if settings.scope is not Scope.MICRO or settings.metrics_dir is not None:
             _require_something_to_act_on(args, settings)
             _require_supported(args, settings)
@@ -83,6 +102,7 @@ def activate(args: argparse.Namespace) -> registry.Handle:
                 f"{flag('group_size')} {settings.group_size}: not allowed; allowed: a divisor of the data-parallel size "
                 f"{args.data_parallel_size}"
             )
+        known = registry.active()
         handle = registry.register(**{name: getattr(settings, name) for name in Settings.__dataclass_fields__})
     except (ConfigError, ImportError) as error:
         _say_on_every_rank(f"megatron_global_lbl: error: {error}")
@@ -90,10 +110,15 @@ def activate(args: argparse.Namespace) -> registry.Handle:
     for name in Settings.__dataclass_fields__:  # what later readers of the arguments see: checked values
         value = getattr(settings, name)
         setattr(args, f"moe_lbl_{name}", getattr(value, "value", value))
-    if int(os.environ.get("RANK", "0")) == 0:
+    if handle is not known and int(os.environ.get("RANK", "0")) == 0:
         for line in describe(args, settings):
             print(f"> moe-lbl: {line}", flush=True)
     return handle
+
+
+def _given() -> list[str]:
+    """The flags on the command line, which Megatron's parser always reads."""
+    return [argument for argument in sys.argv if argument.startswith("--moe-lbl-")]
 
 
 def _say_on_every_rank(line: str) -> None:

@@ -81,6 +81,11 @@ class Handle:
             self._engine.window.load(state["window"])
 
 
+def active() -> Handle | None:
+    """The registration of this process."""
+    return _active
+
+
 def register(
     *,
     scope: str,

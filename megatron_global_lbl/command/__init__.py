@@ -12,6 +12,7 @@ import sys
 
 SUBCOMMANDS = {
     "doctor": "what this environment's Megatron-Core is, where the hook attaches, which upstream defects it has",
+    "patch": "patch a Megatron-LM source tree of a pinned release, so that its own scripts take the flags",
 }
 
 

@@ -1,0 +1,198 @@
+"""`megatron-lbl patch`: exact application, and a tree that it must leave alone. On a made-up tree, whose patch is made up, too;
+tests/megatron/test_patches.py has the real ones."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+
+import pytest
+
+from megatron_global_lbl.command import exact_patch, main, patch
+
+FILE = "megatron/training/arguments.py"
+BEFORE = "".join(f"line {number}\n" for number in range(1, 31))
+AFTER = BEFORE.replace("line 9\n", "line 9\nmegatron_global_lbl adds\n").replace(
+    "line 20\n", "line 20\nmegatron_global_lbl acts\n"
+)
+PATCH = f"""\
+--- a/{FILE}
++++ b/{FILE}
+@@ -9,2 +9,3 @@
+ line 9
++megatron_global_lbl adds
+ line 10
+@@ -20,2 +21,3 @@
+ line 20
++megatron_global_lbl acts
+ line 21
+"""
+
+
+def sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+@pytest.fixture
+def tree(tmp_path, monkeypatch):
+    """A Megatron-Core 0.18.2 whose arguments are 30 lines, and patches for its release and another one."""
+    patches = tmp_path / "patches"
+    patches.mkdir()
+    rows = [
+        {"tag": tag, "commit": "c" * 40, "before": sha256(before), "after": sha256(after), "checked": "2026-11-22"}
+        for tag, before, after in (("core_v0.17.1", "old\n", "old+\n"), ("core_v0.18.2", BEFORE, AFTER))
+    ]
+    (patches / "checksums.json").write_text(json.dumps({"file": FILE, "patches": rows}))
+    (patches / "core_v0.18.2.patch").write_text(PATCH)
+    monkeypatch.setattr(patch, "patches_dir", lambda: patches)
+    tree = tmp_path / "tree"
+    for folder in ("core", "training"):
+        (tree / "megatron" / folder).mkdir(parents=True)
+    (tree / "megatron/core/package_info.py").write_text("MAJOR = 0\nMINOR = 18\nPATCH = 2\nPRE_RELEASE = ''\n")
+    (tree / FILE).write_text(BEFORE)
+    return tree
+
+
+def snapshot(tree):
+    """Every file with its content, mode and time of change."""
+    return {
+        path: (path.read_bytes(), path.stat().st_mode, path.stat().st_mtime_ns) for path in tree.rglob("*") if path.is_file()
+    }
+
+
+def refused(tree, capsys, *arguments: str) -> str:
+    """The command refuses and leaves the tree alone; what it says."""
+    before = snapshot(tree)
+    assert main(["patch", "--megatron", str(tree), *arguments]) == 1
+    assert snapshot(tree) == before
+    printed = capsys.readouterr()
+    assert printed.out == "" and printed.err.endswith("\nNothing was changed.\n")
+    return printed.err
+
+
+def test_patches_once_and_takes_it_out(tree, capsys):
+    file = tree / FILE
+    file.chmod(0o640)
+
+    def run(*arguments):
+        assert main(["patch", "--megatron", str(tree), *arguments]) == 0
+        return capsys.readouterr().out
+
+    untouched = snapshot(tree)
+    assert "not patched; the patch fits" in run("--check")
+    assert "nothing to take out" in run("--reverse")
+    assert snapshot(tree) == untouched
+    assert "patched; its scripts take" in run()
+    assert file.read_text() == AFTER and file.stat().st_mode & 0o777 == 0o640
+    done = snapshot(tree)
+    assert "already patched" in run() and "patched\n" in run("--check")
+    assert snapshot(tree) == done, "the second time nothing is written"
+    assert "taken out" in run("--reverse")
+    assert file.read_text() == BEFORE and file.stat().st_mode & 0o777 == 0o640
+    assert sorted(path.name for path in file.parent.iterdir()) == ["arguments.py"], "no temporary file stays"
+
+
+def test_a_modified_file_is_left_alone(tree, capsys):
+    (tree / FILE).write_text(BEFORE.replace("line 15\n", "line fifteen\n"))
+    for arguments in ([], ["--check"], ["--reverse"]):
+        said = refused(tree, capsys, *arguments)
+        assert "(Megatron-Core 0.18.2) is not the file of core_v0.18.2" in said
+        assert sha256(BEFORE) in said and sha256((tree / FILE).read_text()) in said
+        assert "-m megatron_global_lbl pretrain_gpt.py" in said, "the launcher needs no patch"
+        assert "Apply it by hand, its places are still there" in said
+
+
+def test_says_when_the_places_are_gone(tree, capsys):
+    (tree / FILE).write_text(BEFORE.replace("line 9\n", "line nine\n"))
+    assert "by hand" not in refused(tree, capsys)
+
+
+def test_a_patched_file_with_something_added_is_left_alone(tree, capsys):
+    (tree / FILE).write_text(AFTER + "mine\n")
+    said = refused(tree, capsys)
+    assert "names megatron_global_lbl already" in said and "by hand" not in said
+    refused(tree, capsys, "--reverse")
+
+
+def test_says_which_release_the_file_is_of(tree, capsys):
+    (tree / FILE).write_text("old\n")
+    assert "It is the file of core_v0.17.1." in refused(tree, capsys)
+
+
+@pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
+def test_says_which_lines_differ_in_a_git_checkout(tree, capsys, monkeypatch):
+    identity = {f"GIT_{who}_{what}": "x" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
+
+    def git(*command):
+        environment = {**os.environ, **identity}
+        return subprocess.run(["git", "-C", str(tree), *command], check=True, capture_output=True, env=environment).stdout
+
+    git("init", "-q")
+    git("add", ".")
+    git("commit", "-q", "-m", "release")
+    commit = git("rev-parse", "HEAD").decode().strip()
+    table = patch.patches_dir() / "checksums.json"
+    table.write_text(table.read_text().replace("c" * 40, commit))
+    (tree / FILE).write_text(BEFORE.replace("line 3\n", "mine\n").replace("line 12\n", "a\nb\nc\n"))
+    assert "Lines that differ from core_v0.18.2: 3, 12-14\n" in refused(tree, capsys)
+
+
+@pytest.mark.parametrize("minor", [13, 20])
+def test_a_release_without_a_patch(tree, capsys, minor):
+    info = tree / "megatron/core/package_info.py"
+    info.write_text(info.read_text().replace("18", str(minor)))
+    said = refused(tree, capsys)
+    assert f"is Megatron-Core 0.{minor}.2; there are patches for core_v0.17.1, core_v0.18.2" in said
+    assert "-m megatron_global_lbl" in said
+
+
+def test_no_megatron_and_no_training_loop(tree, capsys):
+    assert "no Megatron there" in refused(tree / "megatron", capsys)
+    (tree / FILE).unlink()
+    assert "0.18.2 without its training loop" in refused(tree, capsys)
+
+
+def test_a_damaged_patch_changes_nothing(tree, capsys):
+    damaged = patch.patches_dir() / "core_v0.18.2.patch"
+    damaged.write_text(PATCH.replace("+megatron_global_lbl adds", "+something else"))
+    assert "does not give the file" in refused(tree, capsys)
+    damaged.write_text(PATCH.replace("@@ -9,2", "@@ -8,2"))
+    assert "does not fit at line 8" in refused(tree, capsys)
+
+
+def test_a_file_that_cannot_be_written_stays(tree, capsys, monkeypatch):
+    def full(*arguments):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(exact_patch.os, "replace", full)
+    assert "No space left on device" in refused(tree, capsys)
+
+
+def test_links_are_kept(tree, tmp_path):
+    """A link to the file stays a link; another name of the same file (package caches) keeps the original content."""
+    real, other = tmp_path / "real.py", tmp_path / "cache.py"
+    os.rename(tree / FILE, real)
+    (tree / FILE).symlink_to(real)
+    os.link(real, other)
+    assert main(["patch", "--megatron", str(tree)]) == 0
+    assert (tree / FILE).is_symlink() and real.read_text() == AFTER and other.read_text() == BEFORE
+
+
+def test_applies_what_diff_writes(tmp_path):
+    """Against difflib, both ways: insertions, deletions and replacements, at the file's ends as well."""
+    import difflib
+    import random
+
+    generator = random.Random(1)
+    for _ in range(50):
+        old = [f"{generator.randrange(9)}\n" for _ in range(generator.randrange(3, 40))]
+        new = [line for line in old if generator.random() > 0.2]
+        for _ in range(generator.randrange(1, 5)):
+            new.insert(generator.randrange(len(new) + 1), "new\n")
+        diff = "".join(difflib.unified_diff(old, new, "a/x", "b/x", n=1)).encode()
+        before, after = "".join(old).encode(), "".join(new).encode()
+        assert exact_patch.apply(before, diff) == after
+        assert exact_patch.apply(after, diff, reverse=True) == before
