@@ -10,9 +10,9 @@ HERE = Path(__file__).parent
 # pip does not see), and an install of this plugin must never replace either. What is missing at run time is named in the
 # error.
 EXTRAS = {
-    # Megatron-Core from the package index. Releases >= 0.17 need Python 3.12 and carry megatron.training as well. psutil: its
-    # torch_dist checkpoints cannot be saved without it, though it does not ask for it.
-    "megatron": ["megatron-core>=0.14,<0.20", "torch>=2.6", "numpy", "packaging", "psutil"],
+    # Megatron-Core from the package index. Releases >= 0.17 need Python 3.12 and carry megatron.training as well. What that
+    # needs without asking for it: psutil to save torch_dist checkpoints; PyYAML to be imported at all in 0.17 and 0.18.
+    "megatron": ["megatron-core>=0.14,<0.20", "torch>=2.6", "numpy", "packaging", "psutil", "pyyaml"],
     # Transformer Engine, for the layouts in which Megatron itself requires it.
     "te": ["transformer-engine[pytorch]"],
     # Pictures of a run's balance record (matplotlib) and tables in the terminal (rich).
