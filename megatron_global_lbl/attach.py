@@ -18,17 +18,13 @@ class _AttachLoss(torch.autograd.Function):
     def forward(ctx, probs: Tensor, scores: Tensor, micro_batch: MicroBatch, scale: BackwardScale, per_token: bool):
         ctx.micro_batch, ctx.scale, ctx.per_token = micro_batch, scale, per_token
         ctx.scores_shape, ctx.scores_dtype = scores.shape, scores.dtype
-        # [E], for the log; nothing of size [tokens, experts] is kept.
-        ctx.summed_scores = scores.detach().sum(dim=0)
+        micro_batch.observe(scores.detach().sum(dim=0))
         return probs
 
     @staticmethod
     def backward(ctx, grad_probs: Tensor):
-        micro_batch: MicroBatch = ctx.micro_batch
-        gradient_E, unit_E = micro_batch.score_gradient(per_token=ctx.per_token, dtype=ctx.scores_dtype)
-        micro_batch.layer.loss_sum += (unit_E * ctx.summed_scores).sum()
-        grad_scores = (gradient_E * ctx.scale()).to(ctx.scores_dtype).expand(ctx.scores_shape)
-        return grad_probs, grad_scores, None, None, None
+        gradient_E = ctx.micro_batch.score_gradient(per_token=ctx.per_token) * ctx.scale()
+        return grad_probs, gradient_E.to(ctx.scores_dtype).expand(ctx.scores_shape), None, None, None
 
 
 def attach_loss(

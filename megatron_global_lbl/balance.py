@@ -4,14 +4,14 @@ The forward of a micro-batch counts which experts its tokens selected and starts
 backward asks for f. That late, the balance batch of scope `global` holds every micro-batch whose forward has run: under
 pipeline parallelism these are more than the ones before it, which is why f is not read in the forward.
 
-Counts are plain int64 tensors outside of any module: no cast of the model to bf16 reaches them, no checkpoint of the model
-holds them. They are added to in `LayerBalance.count` and reset in `LayerBalance.reset`, nowhere else.
+Counts are plain integer tensors outside of any module: no cast of the model to bf16 reaches them, no checkpoint of the model
+holds them. They are added to in `LayerBalance.count` and reset in `LayerBalance.reset`, nowhere else. Every valid token selects
+top-k experts, so the counts hold the number of tokens, too.
 
-Recompute: Megatron applies auxiliary losses only where autograd records, so of the two forwards of a recomputed layer just
-the second one is counted.
+Recompute: of the two forwards of a recomputed layer the first one is counted, the second one takes that up (passes.py).
+CUDA graphs: a replayed graph runs no Python, so under capture everything goes into tensors that live as long as the layer.
 
-Layout of a count vector: [E selections per expert | valid tokens | micro-batches], so one sum carries all three.
-Shape suffixes: T tokens on this rank, E experts, C = E + 2 counts.
+Shape suffixes: T tokens on this rank, E experts, C = E + 1 counts: selections per expert, and micro-batches.
 """
 
 from __future__ import annotations
@@ -21,32 +21,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from megatron_global_lbl.collective import BalanceGroup, Reduction
+from megatron_global_lbl.collective import BalanceGroup, Reduction, is_capturing
 from megatron_global_lbl.loss import score_gradient
-from megatron_global_lbl.settings import Scope, Settings
+from megatron_global_lbl.passes import CountedAhead
+from megatron_global_lbl.settings import Scope, Settings, Sync
 from megatron_global_lbl.window import LayerWindow
-
-
-def count_selections(selection: Tensor, padding_mask: Tensor | None) -> Tensor:
-    """This rank's count vector of one micro-batch.
-
-    Args:
-        selection: [T, E] bool, the experts that the router selected for each token.
-        padding_mask: [T] bool, True for padding; None when every token is valid.
-
-    Returns:
-        [C] int64, nothing synchronised with the host.
-    """
-    num_tokens, num_experts = selection.shape
-    counts_C = torch.empty(num_experts + 2, dtype=torch.int64, device=selection.device)
-    if padding_mask is None:
-        counts_C[-2].fill_(num_tokens)
-    else:
-        selection = selection & ~padding_mask.unsqueeze(1)
-        torch.sum(~padding_mask, dim=0, out=counts_C[-2])
-    torch.sum(selection, dim=0, out=counts_C[:-2])
-    counts_C[-1].fill_(1)
-    return counts_C
 
 
 @dataclass
@@ -55,82 +34,121 @@ class LayerBalance:
 
     key: str
     num_experts: int
+    topk: int
+    coeff: float
+    micro_coeff: float
     device: torch.device
     group: BalanceGroup
     settings: Settings
     window: LayerWindow | None = None
+    captured: bool = False
     step_counts: Tensor = field(init=False)
+    score_sums: Tensor = field(init=False)
     started: list[Reduction] = field(default_factory=list)
-    loss_sum: Tensor = field(init=False)
+    ahead: CountedAhead[MicroBatch] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.step_counts = torch.zeros(self.num_experts + 2, dtype=torch.int64, device=self.device)
-        self.loss_sum = torch.zeros((), device=self.device)
+        self.step_counts = torch.zeros(self.num_experts + 1, dtype=torch.int64, device=self.device)
+        self.score_sums = torch.zeros(self.num_experts, device=self.device)
+        self.ahead = CountedAhead(self.key)
 
-    def count(self, selection: Tensor, padding_mask: Tensor | None, coeff: float) -> MicroBatch:
-        """Count a micro-batch whose forward is running now, and start the reductions that its scope needs."""
-        counts_C = count_selections(selection, padding_mask)
-        blocking = self.settings.sync is not None and self.settings.sync.value == "blocking"
-        micro = None
-        if self.settings.micro_coeff:
-            micro = Reduction(counts_C.clone(), self.group.model, blocking=blocking)
+    def count(self, selection: Tensor, padding_mask: Tensor | None) -> MicroBatch:
+        """Count a micro-batch whose forward is running now, and start the reductions that its scope needs.
+
+        Args:
+            selection: [T, E] bool, the experts that the router selected for each token.
+            padding_mask: [T] bool, True for padding; None when every token is valid.
+        """
+        if padding_mask is not None:
+            selection = selection & ~padding_mask.unsqueeze(1)
+        # int32 is enough for one micro-batch (2^31 tokens over all ranks), and is what travels.
+        counts_E = selection.sum(dim=0, dtype=torch.int32)
+        self.step_counts[-1:] += 1
+        blocking = self.settings.sync is Sync.BLOCKING
+        micro = Reduction(counts_E.clone(), self.group.model, blocking=blocking) if self.micro_coeff else None
+        self.captured |= is_capturing(counts_E)
         if self.settings.scope is Scope.WINDOW:
             # Summed over ranks once per step, all layers together (see window.py).
-            self.step_counts += counts_C
-            return MicroBatch(self, None, micro, coeff)
-        summed = Reduction(counts_C, self.group.counted, blocking=blocking)
+            self.step_counts[:-1] += counts_E
+            return MicroBatch(self, None, micro)
+        summed = Reduction(counts_E, self.group.counted, blocking=blocking)
         self.started.append(summed)
-        return MicroBatch(self, summed, micro, coeff)
+        if is_capturing(counts_E):
+            self.counts_of_step()
+        return MicroBatch(self, summed, micro)
 
     def counts_of_step(self) -> Tensor:
         """[C] sums over the step's micro-batches whose forward has run; waits for what is still under way."""
         for reduction in self.started:
-            self.step_counts += reduction.wait()
+            counts_E = reduction.wait()
+            if self.settings.scope is Scope.GLOBAL:
+                self.step_counts[:-1] += counts_E
         self.started.clear()
         return self.step_counts
+
+    def step_loss(self) -> Tensor:
+        """This rank's share of the step's LBL for alpha = 1, times the number of micro-batches, for the log: the sum over TP x
+        CP and the mean over data-parallel ranks is the layer's loss."""
+        if self.settings.scope is Scope.DP:
+            return self.score_sums.sum()  # multiplied by f already, which differs over micro-batches
+        if self.window is not None:
+            return (self.window.score_gradient(per_token=False) * self.score_sums).sum()
+        # With the f of the whole step: the LBL of the global batch, not a mean over its beginnings.
+        counts_E, micro_batches = self.counts_of_step().split([self.num_experts, 1])
+        tokens = counts_E.sum() / (self.topk * self.group.size)
+        return (score_gradient(tokens_per_expert=counts_E, num_tokens=tokens) * self.score_sums).sum() * micro_batches[0]
 
     def reset(self) -> None:
         """Forget the step: nothing stays under way and nothing stays counted."""
         self.counts_of_step().zero_()
-        self.loss_sum.zero_()
+        self.score_sums.zero_()
+        self.ahead.clear()
 
 
 @dataclass
 class MicroBatch:
-    """What one forward of one MoE layer leaves for its backward."""
+    """What one forward of one MoE layer leaves for its backward: nothing of size [T, E]."""
 
     layer: LayerBalance
     summed: Reduction | None
     micro: Reduction | None
-    coeff: float
+    summed_scores: Tensor | None = None
 
-    def score_gradient(self, *, per_token: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Gradients of the loss with respect to the scores of any token on this rank; called in the backward.
+    def observe(self, summed_scores: Tensor) -> None:
+        """Take the scores summed over the tokens, [E], for the log."""
+        if self.layer.settings.scope is Scope.DP:
+            self.summed_scores = summed_scores
+        else:
+            self.layer.score_sums += summed_scores
+
+    def score_gradient(self, *, per_token: bool) -> Tensor:
+        """Gradient of the loss with respect to the scores of any token on this rank; called in the backward.
 
         Args:
             per_token: the schedule divides every gradient by the step's tokens afterwards (`--calculate-per-token-loss`),
                 so p must not be divided here.
-            dtype: of the result.
 
         Returns:
-            [E] the gradient, in units in which the mean over data-parallel ranks is the loss' gradient, and
-            [E] the same for alpha = 1 and p a mean over tokens, for the log: its dot product with the summed scores is
-            this rank's share of the LBL.
+            [E], in units in which the mean over data-parallel ranks is the loss' gradient.
         """
         layer = self.layer
-        if layer.settings.scope is Scope.WINDOW:
-            assert layer.window is not None
-            counts_C, tokens = layer.window.counts, layer.window.tokens_per_rank
+        if layer.window is not None:
+            gradient_E = layer.window.score_gradient(per_token=per_token) * layer.coeff
         else:
             assert self.summed is not None
-            own_C = self.summed.wait()
-            counts_C = layer.counts_of_step() if layer.settings.scope is Scope.GLOBAL else own_C
-            tokens = own_C[-2].clamp(min=1) / layer.group.size
-        unit_E = score_gradient(tokens_per_expert=counts_C[:-2], num_tokens=tokens, dtype=dtype)
-        gradient_E = unit_E * (self.coeff * tokens if per_token else self.coeff)
+            own_E = self.summed.wait()
+            counts_E = layer.counts_of_step()[:-1] if layer.settings.scope is Scope.GLOBAL else own_E
+            gradient_E = self._gradient(counts_E, own_E, layer.coeff, layer.group.size, per_token)
+            if self.summed_scores is not None:
+                layer.score_sums.addcmul_(self._gradient(own_E, own_E, 1.0, layer.group.size, False), self.summed_scores)
         if self.micro is not None:
-            micro_C = self.micro.wait()
-            micro_tokens = 1 if per_token else micro_C[-2].clamp(min=1)
-            micro_E = score_gradient(tokens_per_expert=micro_C[:-2], num_tokens=micro_tokens, dtype=dtype)
-            gradient_E = gradient_E + layer.settings.micro_coeff * micro_E
-        return gradient_E.to(dtype), unit_E
+            micro_E = self.micro.wait()
+            gradient_E = gradient_E + self._gradient(micro_E, micro_E, layer.micro_coeff, 1, per_token)
+        return gradient_E
+
+    def _gradient(self, counts_E: Tensor, own_E: Tensor, coeff: float, ranks: int, per_token: bool) -> Tensor:
+        """f from `counts_E`; p a mean over this micro-batch's tokens of one rank: selections `own_E` / (topk * ranks)."""
+        if per_token:
+            return score_gradient(tokens_per_expert=counts_E, num_tokens=1, coeff=coeff)
+        selections = own_E.sum(dtype=torch.float64)
+        return score_gradient(tokens_per_expert=counts_E, num_tokens=selections, coeff=coeff * self.layer.topk * ranks)

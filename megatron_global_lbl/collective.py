@@ -16,6 +16,11 @@ from torch import Tensor
 from megatron_global_lbl.settings import ConfigError
 
 
+def is_capturing(tensor: Tensor) -> bool:
+    """Whether work on `tensor` goes into a CUDA graph instead of being done now."""
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
 class Reduction:
     """An all-reduce (sum, in place) that has been started; `wait` gives its result."""
 
@@ -26,7 +31,7 @@ class Reduction:
         if group is not None and group.size() > 1:
             self._work = dist.all_reduce(buffer, group=group, async_op=True)
             # A CUDA graph must contain the wait for what it starts.
-            if blocking or (buffer.is_cuda and torch.cuda.is_current_stream_capturing()):
+            if blocking or is_capturing(buffer):
                 self.wait()
 
     def wait(self) -> Tensor:

@@ -7,14 +7,16 @@ The hook tells it of every router forward (`route`), of the end of a step (`end_
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 
 from megatron_global_lbl.attach import attach_loss
 from megatron_global_lbl.balance import LayerBalance
-from megatron_global_lbl.collective import BalanceGroup
+from megatron_global_lbl.collective import BalanceGroup, is_capturing
 from megatron_global_lbl.facts import RouterFacts
+from megatron_global_lbl.passes import Pass
 from megatron_global_lbl.record import BalanceRecord
 from megatron_global_lbl.settings import ConfigError, Scope, Settings, Sync
 from megatron_global_lbl.window import Window
@@ -29,7 +31,7 @@ class Engine:
         self.record = BalanceRecord(settings) if settings.metrics_dir is not None else None
         self.steps_completed = 0
         self._layers: WeakKeyDictionary[nn.Module, LayerBalance] = WeakKeyDictionary()
-        self._facts: WeakKeyDictionary[nn.Module, RouterFacts] = WeakKeyDictionary()
+        self._facts: WeakKeyDictionary[nn.Module, RouterFacts | None] = WeakKeyDictionary()
         self._groups: dict[tuple[int, int], BalanceGroup] = {}
         self._counted = False
         self._routers_without_loss = False
@@ -47,21 +49,23 @@ class Engine:
     def route(
         self,
         router: nn.Module,
-        facts: Callable[[], RouterFacts],
+        facts: RouterFacts,
         *,
+        which: Pass,
         probs: Tensor,
-        scores: Tensor,
+        scores: Tensor | None,
         selection: Tensor,
         padding_mask: Tensor | None,
         iteration: int | None,
     ) -> Tensor:
-        """A router's forward that autograd records.
+        """A router's forward in training.
 
         Args:
             router: whose forward it is.
-            facts: called once per router.
+            facts: of the router.
+            which: RECORDED, or one of the two forwards of a recomputed layer.
             probs: [T, E] the router's output.
-            scores: [T, E] the scores of its auxiliary loss.
+            scores: [T, E] the scores of its auxiliary loss; None in the first of two forwards.
             selection: [T, E] bool, the experts it selected.
             padding_mask: [T] bool, True for padding, or None.
             iteration: of the training loop, 0-based, or None when there is none.
@@ -69,51 +73,89 @@ class Engine:
         Returns:
             probs, with the loss attached if it is this plugin's to attach.
         """
-        if router not in self._facts:
-            self._facts[router] = facts()
-        router_facts = self._facts[router]
         self._counted = True
-        if self.record is not None:
-            self.record.observe(router_facts, scores=scores, selection=selection, padding_mask=padding_mask)
+        if is_capturing(selection) and (self.record is not None or self.settings.start_iter):
+            raise ConfigError(
+                "--moe-lbl-metrics-dir and --moe-lbl-start-iter are not supported with CUDA graphs of the router; allowed: "
+                "without them, or graphs of other modules"
+            )
+        if self.record is not None and scores is not None:
+            self.record.observe(facts, scores=scores, selection=selection, padding_mask=padding_mask)
         if not self.counts_now(iteration):
             return probs
         layer = self._layers.get(router)
         if layer is None:
-            layer = self._layers[router] = self._new_layer(router_facts, scores)
-        micro_batch = layer.count(selection, padding_mask, router_facts.coeff)
+            layer = self._layers[router] = self._new_layer(facts, selection)
+        if which is Pass.AHEAD:
+            layer.ahead.put(layer.count(selection, padding_mask))
+            return probs
+        micro_batch = layer.ahead.take_up() if which is Pass.AGAIN else layer.count(selection, padding_mask)
         if not self.replaces_loss(iteration):
             return probs
+        assert scores is not None
         return attach_loss(
             probs=probs,
             scores=scores,
             micro_batch=micro_batch,
-            backward_scale=router_facts.backward_scale,
-            per_token=router_facts.per_token,
+            backward_scale=facts.backward_scale,
+            per_token=facts.per_token,
         )
 
-    def route_without_loss(self) -> None:
-        """A router's training forward whose configuration has no loss that the scope could act on."""
-        self._routers_without_loss = True
+    def facts(self, router: nn.Module, find: Callable[[], RouterFacts | None]) -> RouterFacts | None:
+        """The router's facts, asked for once; None for a router without a loss that the scope could act on."""
+        if router not in self._facts:
+            found = find()
+            if found is not None:
+                self._refuse_unclear_order(found)
+                found = replace(found, key=self._free_key(found.key))
+            self._facts[router] = found
+        self._routers_without_loss |= self._facts[router] is None
+        return self._facts[router]
+
+    def _free_key(self, key: str) -> str:
+        """`key`, or with a number: a second model in the process, or (before 0.17) a layer of multi-token prediction, whose
+        number is that of another layer."""
+        taken = {facts.key for facts in self._facts.values() if facts is not None}
+        free, twins = key, 2
+        while free in taken:
+            free, twins = f"{key}#{twins}", twins + 1
+        return free
+
+    def _refuse_unclear_order(self, facts: RouterFacts) -> None:
+        own_counts = self.settings.scope is Scope.DP or self.settings.micro_coeff > 0
+        if facts.recomputed and facts.applications > 1 and own_counts:
+            # The repetitions of a micro-batch come back in reverse order; only sums over them are the same.
+            raise ConfigError(
+                "--moe-lbl-scope dp and --moe-lbl-micro-coeff are not supported with --mtp-use-repeated-layer and "
+                "recomputation; allowed: --moe-lbl-scope global or window, or no --recompute-granularity"
+            )
 
     def end_step(self, iteration: int | None) -> None:
         """The optimizer step's backward passes are over: log, feed the window, forget the counts.
 
         Raises:
-            ConfigError: the step's routers had no auxiliary loss to act on.
+            ConfigError: the step's routers had no auxiliary loss to act on, or forwards that were counted were not trained on.
         """
-        if not self._counted:
+        captured = any(layer.captured for layer in self._layers.values())
+        if not self._counted and not captured:
             if self._routers_without_loss:
                 raise ConfigError(
                     f"--moe-lbl-scope {self.settings.scope.value} has nothing to act on: no router of this step has "
                     "aux_loss or global_aux_loss in --moe-router-load-balancing-type with a --moe-aux-loss-coeff > 0"
                 )
             return
+        for layer in self._layers.values():
+            layer.ahead.check()
         if self.replaces_loss(iteration):
             for router, layer in self._layers.items():
-                self._facts[router].log(layer.loss_sum)
+                facts = self._facts[router]
+                assert facts is not None
+                facts.log(layer.step_loss())
         if self.window is not None:
             counts = [(layer.window, layer.step_counts) for layer in self._layers.values() if layer.window is not None]
             self.window.step_completed(counts, blocking=self.settings.sync is Sync.BLOCKING)
+            if captured:  # nobody asks for f in the next step: the graph reads it where it lies
+                self.window.settle()
         if self.record is not None:
             self.record.write(self.steps_completed + 1 if iteration is None else iteration + 1)
         self._forget_step()
@@ -130,17 +172,15 @@ class Engine:
             layer.reset()
         self._counted = False
 
-    def _new_layer(self, facts: RouterFacts, scores: Tensor) -> LayerBalance:
+    def _new_layer(self, facts: RouterFacts, selection: Tensor) -> LayerBalance:
         group = self._groups.get((id(facts.stage), id(facts.model)))
         if group is None:
             group = BalanceGroup.create(facts.stage, facts.model, self.settings.group_size)
             self._groups[id(facts.stage), id(facts.model)] = group
-        num_experts = scores.shape[1]
-        key, twins = facts.key, 2
-        taken = {layer.key for layer in self._layers.values()}
-        while key in taken:  # a second model in the process, or a layer number used twice by multi-token prediction
-            key, twins = f"{facts.key}#{twins}", twins + 1
-        layer = LayerBalance(key, num_experts, scores.device, group, self.settings)
+        num_experts, device = selection.shape[1], selection.device
+        # A layer that is applied several times per micro-batch adds its loss as often.
+        micro_coeff = self.settings.micro_coeff / facts.applications
+        layer = LayerBalance(facts.key, num_experts, facts.topk, facts.coeff, micro_coeff, device, group, self.settings)
         if self.window is not None:
-            layer.window = self.window.add_layer(key, group, num_experts + 2, scores.device)
+            layer.window = self.window.add_layer(facts.key, group, num_experts, facts.topk, device)
         return layer

@@ -203,12 +203,26 @@ def _require_something_to_act_on(args: argparse.Namespace, settings: Settings) -
 
 
 def _require_supported(args: argparse.Namespace, settings: Settings) -> None:
+    from megatron_global_lbl.hook import compatibility
+
     chosen = _asked_for(settings)
     for name in ("use_megatron_fsdp", "use_torch_fsdp2", "use_custom_fsdp"):
         if getattr(args, name, False):
             raise ConfigError(f"{chosen} is not supported with --{name.replace('_', '-')} yet; allowed: Megatron's DDP")
-    if getattr(args, "cuda_graph_impl", "none") not in (None, "none") or getattr(args, "enable_cuda_graph", False):
-        raise ConfigError(f"{chosen} is not supported with CUDA graphs yet; allowed: --cuda-graph-impl none")
+    graphs = compatibility.cuda_graphs(args)
+    if graphs == "iteration":
+        raise ConfigError(f"{chosen} is not supported with full_iteration CUDA graphs; allowed: CUDA graphs of layers")
+    if graphs != "none":
+        for name in ("metrics_dir", "start_iter"):  # both need Python in every forward
+            if getattr(settings, name):
+                raise ConfigError(f"{flag(name)} {getattr(settings, name)} is not supported with CUDA graphs; allowed: without")
+    if settings.scope is Scope.WINDOW and getattr(args, "mtp_num_layers", None) and args.pipeline_model_parallel_size > 1:
+        if not compatibility.tells_mtp_routers():
+            raise ConfigError(
+                f"{chosen} with --mtp-num-layers {args.mtp_num_layers} and --pipeline-model-parallel-size "
+                f"{args.pipeline_model_parallel_size} needs Megatron-Core >= 0.17 (before, routers of multi-token prediction "
+                f"cannot be told from others in a checkpoint); allowed here: {flag('scope')} dp or global"
+            )
     if settings.scope is Scope.WINDOW and args.save and args.ckpt_format not in ("torch", "torch_dist"):
         raise ConfigError(
             f"{chosen} cannot be saved with --ckpt-format {args.ckpt_format}; allowed: torch, torch_dist (or no --save)"

@@ -31,19 +31,26 @@ def expert_frequencies(tokens_per_expert: Tensor, dtype: torch.dtype = torch.flo
     return counts_E.to(dtype) / counts_E.sum().clamp(min=1).to(dtype)
 
 
-def score_gradient(*, tokens_per_expert: Tensor, num_tokens: int | Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """d (LBL / alpha) / d s[t, i], the same for every token t.
+def score_gradient(
+    *, tokens_per_expert: Tensor, num_tokens: int | Tensor, coeff: float = 1.0, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """d LBL / d s[t, i], the same for every token t.
 
     Args:
         tokens_per_expert: [E] integer counts over the balance batch.
         num_tokens: number of tokens that p is a mean over; a scalar tensor stays on its device.
-        dtype: of the result.
+        coeff: alpha.
+        dtype: of the result, float32 or float64.
 
     Returns:
-        [E], E * f_i / num_tokens.
+        [E], alpha * E * f_i / num_tokens; zeros when nothing was counted.
     """
-    frequencies_E = expert_frequencies(tokens_per_expert, dtype)
-    return frequencies_E * frequencies_E.numel() / num_tokens
+    counts_E = tokens_per_expert.detach()
+    # A float64 holds the sum exactly, and its product with the tokens without overflow.
+    divisor = (counts_E.sum(dtype=torch.float64) * num_tokens).clamp(min=1)
+    # Integers are divided in float32 (one kernel less than a cast before); float64 only on demand.
+    shares_E = (counts_E.double() if dtype is torch.float64 else counts_E) / divisor
+    return shares_E * (coeff * counts_E.numel())
 
 
 def load_balancing_loss(
@@ -91,5 +98,6 @@ def load_balancing_loss(
     if num_tokens is None:
         num_tokens = scores.shape[0] if padding_mask is None else (~padding_mask).sum()
         num_tokens = max(num_tokens, 1) if isinstance(num_tokens, int) else num_tokens.clamp(min=1)
-    gradient_E = score_gradient(tokens_per_expert=tokens_per_expert, num_tokens=num_tokens, dtype=scores.dtype)
-    return coeff * (scores.sum(dim=0) * gradient_E).sum()
+    dtype = torch.float64 if scores.dtype is torch.float64 else torch.float32
+    gradient_E = score_gradient(tokens_per_expert=tokens_per_expert, num_tokens=num_tokens, coeff=coeff, dtype=dtype)
+    return (scores.sum(dim=0) * gradient_E.to(scores.dtype)).sum()

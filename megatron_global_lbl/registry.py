@@ -66,7 +66,7 @@ class Handle:
     def state_dict(self) -> dict:
         """What must travel in a checkpoint of a loop of your own; empty except for scope `window`.
 
-        Plain tensors on the CPU, [steps, groups, experts + 2] int64 per MoE layer of this rank's pipeline stage. Megatron's
+        Plain tensors on the CPU, [steps, groups, experts + 1] int64 per MoE layer of this rank's pipeline stage. Megatron's
         own checkpoints carry it without this.
         """
         return {"window": self._engine.window.state()} if self._engine.window is not None else {}

@@ -6,7 +6,10 @@ the first step has completed f is uniform, whose gradient is zero.
 With `--moe-lbl-group-size` every rank keeps the counts of all groups of its stage (G rows): the one packed reduction over
 the stage fills them without a process group of its own, and a checkpoint written by any rank is complete.
 
-Shape suffixes: G groups of data-parallel ranks (1 unless `--moe-lbl-group-size`), C = E + 2 counts (see balance.py).
+f does not change within a step, so a layer's gradient is worked out once per step, into a tensor that stays where it is: a
+replayed CUDA graph reads it there.
+
+Shape suffixes: G groups of data-parallel ranks (1 unless `--moe-lbl-group-size`), E experts, C = E + 1 counts (see balance.py).
 """
 
 from __future__ import annotations
@@ -17,18 +20,24 @@ import torch
 from torch import Tensor
 
 from megatron_global_lbl.collective import BalanceGroup, Reduction
+from megatron_global_lbl.loss import score_gradient
 
 
 class LayerWindow:
     """The last W steps' counts of one layer."""
 
-    def __init__(self, steps: int, group: BalanceGroup, num_counts: int, device: torch.device, window: Window) -> None:
+    def __init__(
+        self, steps: int, group: BalanceGroup, num_experts: int, topk: int, device: torch.device, owner: Window
+    ) -> None:
         self.group = group
-        self.num_counts = num_counts
-        self._owner = window
+        self.num_counts = num_experts + 1
+        self._topk = topk
+        self._owner = owner
         self._steps: deque[Tensor] = deque()
         self._max_steps = steps
-        self._sum_GC = torch.zeros(group.parts, num_counts, dtype=torch.int64, device=device)
+        self._sum_GC = torch.zeros(group.parts, self.num_counts, dtype=torch.int64, device=device)
+        self._gradient_E = torch.zeros(num_experts, device=device)
+        self._per_token_gradient_E = torch.zeros(num_experts, device=device)
 
     def push(self, counts_GC: Tensor) -> None:
         """Add a completed step; the oldest one leaves when the window is full."""
@@ -36,6 +45,12 @@ class LayerWindow:
         self._sum_GC += counts_GC
         if len(self._steps) > self._max_steps:
             self._sum_GC -= self._steps.popleft()
+        counts_E, forwards = self._sum_GC[self.group.index].split([self.num_counts - 1, 1])
+        # Every rank of TP x CP counted the micro-batches of its data-parallel rank.
+        micro_batches = forwards[0].clamp(min=1) / self.group.model.size()
+        tokens = counts_E.sum(dtype=torch.float64) / self._topk / micro_batches
+        self._per_token_gradient_E.copy_(score_gradient(tokens_per_expert=counts_E, num_tokens=1))
+        self._gradient_E.copy_(score_gradient(tokens_per_expert=counts_E, num_tokens=tokens))
 
     @property
     def counts(self) -> Tensor:
@@ -43,12 +58,14 @@ class LayerWindow:
         self._owner.settle()
         return self._sum_GC[self.group.index]
 
-    @property
-    def tokens_per_rank(self) -> Tensor:
-        """Mean number of valid tokens per data-parallel rank and micro-batch in the window, at least a tiny number."""
-        counts_C = self.counts
-        micro_batches = counts_C[-1] / self.group.model.size()
-        return counts_C[-2].clamp(min=1) / micro_batches.clamp(min=1)
+    def score_gradient(self, *, per_token: bool) -> Tensor:
+        """[E] gradient with respect to a token's scores for alpha = 1; zeros (f is uniform) before the first step.
+
+        Args:
+            per_token: p not divided; otherwise by the mean number of valid tokens per data-parallel rank and micro-batch.
+        """
+        self._owner.settle()
+        return self._per_token_gradient_E if per_token else self._gradient_E
 
     def state(self) -> Tensor:
         """[steps, G, C] int64 on the CPU, oldest first."""
@@ -64,7 +81,7 @@ class LayerWindow:
         """
         if tuple(state.shape[1:]) != tuple(self._sum_GC.shape):
             raise ValueError(
-                f"window has shape {tuple(state.shape[1:])} [groups, experts + 2], this run {tuple(self._sum_GC.shape)}"
+                f"window has shape {tuple(state.shape[1:])} [groups, experts + 1], this run {tuple(self._sum_GC.shape)}"
             )
         self._steps.clear()
         self._sum_GC.zero_()
@@ -81,9 +98,9 @@ class Window:
         self._loaded: dict[str, Tensor] = {}
         self._layers: dict[str, LayerWindow] = {}
 
-    def add_layer(self, key: str, group: BalanceGroup, num_counts: int, device: torch.device) -> LayerWindow:
+    def add_layer(self, key: str, group: BalanceGroup, num_experts: int, topk: int, device: torch.device) -> LayerWindow:
         """The window of a layer that is met for the first time; takes up what a checkpoint brought for it."""
-        layer = self._layers[key] = LayerWindow(self.steps, group, num_counts, device, self)
+        layer = self._layers[key] = LayerWindow(self.steps, group, num_experts, topk, device, self)
         if key in self._loaded:
             layer.load(self._loaded.pop(key))
         return layer

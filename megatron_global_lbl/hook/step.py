@@ -23,9 +23,10 @@ def install(patches: Patches, engine: Engine) -> None:
     """Let the end of every step report to `engine`."""
 
     def wrap_end(original):
-        def allreduce_non_tensor_model_parallel_grads(*args, **kwargs):
+        def allreduce_non_tensor_model_parallel_grads(model, *args, **kwargs):
+            compatibility.refuse_unsupported_model(model)
             engine.end_step(current_iteration())
-            return original(*args, **kwargs)
+            return original(model, *args, **kwargs)
 
         return allreduce_non_tensor_model_parallel_grads
 

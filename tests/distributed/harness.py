@@ -1,217 +1,251 @@
-"""Runs a `Problem` in a layout: real `TopKRouter`s inside Megatron's own schedule, DDP and `finalize_model_grads`.
+"""Runs a `Problem` in a layout: real routers and MoE layers inside Megatron's own schedules, DDP and `finalize_model_grads`.
 
-Every rank returns the `main_grad` of its layers, step by step. The toy model is the one described in truth.py.
+Every rank returns the `main_grad` of its layers, step by step, and what its routers selected.
 """
 
 from __future__ import annotations
 
-import inspect
-from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
-from truth import Problem, expert_bias, inputs, weights
-
-
-@dataclass(frozen=True)
-class Layout:
-    """How the problem is spread over ranks; data parallelism takes what is left."""
-
-    tp: int = 1
-    cp: int = 1
-    pp: int = 1
-    bf16: bool = False
-    loss_scale: float = 1.0
-    overlap_grad_reduce: bool = False
-
-    def world_size(self, problem: Problem) -> int:
-        return self.tp * self.cp * self.pp * problem.dp
+from layout import Layout
+from truth import Problem, inputs, weights
 
 
 def run(problem: Problem, layout: Layout, register: dict[str, Any] | None, extra: dict[str, Any] | None = None):
-    """One rank's part. Returns {"grads": [step][layer number] -> (W, router) main_grad, "hooked": [...]}."""
+    """One rank's part.
+
+    Args:
+        problem: its `pipeline` is set from the layout.
+        layout: of all ranks.
+        register: arguments of `lbl.register`; None for Megatron alone.
+        extra: fields of TransformerConfig, by their names or by "load_balancing_type", "aux_loss_coeff", "router_dtype".
+
+    Returns:
+        {"grads": [step] {layer number: (W, router) main_grad, None where there is no such parameter},
+         "hooked": [...],
+         "place": (data-parallel rank, part of the sequence, parts),
+         "selections": [step] {layer number: [micro-batch] [rows, B, E] bool}}
+    """
     import megatron_global_lbl as lbl
 
     if register is None:
-        return {"grads": _train(problem, layout, extra or {}), "hooked": []}
+        return {**_train(problem, layout, extra or {}), "hooked": []}
     with lbl.registered(**register) as handle:
-        return {"grads": _train(problem, layout, extra or {}), "hooked": handle.hooked}
+        return {**_train(problem, layout, extra or {}), "hooked": handle.hooked}
 
 
-def _train(problem: Problem, layout: Layout, extra: dict[str, Any]):
+def build(problem: Problem, layout: Layout, extra: dict[str, Any]):
+    """(config, model chunks wrapped in DDP, the chunks themselves) of this rank."""
     from megatron.core import parallel_state, tensor_parallel
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
     from megatron.core.distributed.finalize_model_grads import finalize_model_grads
-    from megatron.core.pipeline_parallel import get_forward_backward_func
     from megatron.core.transformer import TransformerConfig
+    from megatron.core.transformer.module import Float16Module
+    from toy import Chunk
 
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=layout.tp,
         pipeline_model_parallel_size=layout.pp,
+        virtual_pipeline_model_parallel_size=layout.chunks if layout.chunks > 1 else None,
         context_parallel_size=layout.cp,
+        expert_model_parallel_size=layout.ep,
+        expert_tensor_parallel_size=layout.etp,
     )
     tensor_parallel.model_parallel_cuda_manual_seed(1)
-    config = TransformerConfig(
-        num_layers=problem.layers,
-        hidden_size=problem.hidden,
-        num_attention_heads=4,
-        num_moe_experts=problem.experts,
-        moe_router_topk=problem.topk,
-        moe_router_load_balancing_type=extra.get("load_balancing_type", "aux_loss"),
-        moe_aux_loss_coeff=extra.get("aux_loss_coeff", problem.coeff),
-        moe_router_score_function=problem.score,
-        moe_router_enable_expert_bias=problem.bias,
-        moe_router_dtype=extra.get("router_dtype"),
-        calculate_per_token_loss=problem.per_token,
-        tensor_model_parallel_size=layout.tp,
-        pipeline_model_parallel_size=layout.pp,
-        context_parallel_size=layout.cp,
-        sequence_parallel=layout.tp > 1,
-        pipeline_dtype=torch.float32,
-        use_cpu_initialization=True,
-        bf16=layout.bf16,
-        params_dtype=torch.bfloat16 if layout.bf16 else torch.float32,
-        add_bias_linear=False,
-    )
+    low_precision = problem.dtype != "float32"
+    config = TransformerConfig(**_config_fields(problem, layout, extra))
     config.finalize_model_grads_func = finalize_model_grads
     if layout.loss_scale != 1.0:
         config.grad_scale_func = lambda loss: loss * layout.loss_scale
-    model: Any = _stage_class()(config, problem)
-    if layout.bf16:
-        from megatron.core.transformer.module import Float16Module
-
-        model = Float16Module(config, model)
-    model = DistributedDataParallel(
-        config=config,
-        ddp_config=DistributedDataParallelConfig(
-            grad_reduce_in_fp32=True,
-            overlap_grad_reduce=layout.overlap_grad_reduce,
-        ),
-        module=model,
+    stage = parallel_state.get_pipeline_model_parallel_rank()
+    chunks = [Chunk(config, problem, layout, stage, chunk) for chunk in range(layout.chunks)]
+    ddp_config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        overlap_grad_reduce=layout.overlap_grad_reduce,
+        use_distributed_optimizer=layout.distributed_optimizer,
     )
+    model: list[Any] = [
+        DistributedDataParallel(
+            config=config,
+            ddp_config=ddp_config,
+            module=Float16Module(config, chunk) if low_precision else chunk,
+        )
+        for chunk in chunks
+    ]
     if layout.overlap_grad_reduce:
-        config.no_sync_func = model.no_sync
-    stage = model.module.module if layout.bf16 else model.module
-    grads = []
+        functions = [chunk.no_sync for chunk in model]
+        config.no_sync_func = functions if len(model) > 1 else functions[0]
+    return config, model, chunks
+
+
+def _config_fields(problem: Problem, layout: Layout, extra: dict[str, Any]) -> dict[str, Any]:
+    dtype = getattr(torch, problem.dtype)
+    fields = {
+        "num_layers": problem.layers,
+        "hidden_size": problem.hidden,
+        "num_attention_heads": 4,
+        "ffn_hidden_size": 8,
+        "num_moe_experts": problem.experts,
+        "moe_router_topk": problem.topk,
+        "moe_router_load_balancing_type": "aux_loss",
+        "moe_aux_loss_coeff": problem.coeff,
+        "moe_router_score_function": problem.score,
+        "moe_router_enable_expert_bias": problem.bias,
+        "calculate_per_token_loss": problem.per_token,
+        "tensor_model_parallel_size": layout.tp,
+        "pipeline_model_parallel_size": layout.pp,
+        "virtual_pipeline_model_parallel_size": layout.chunks if layout.chunks > 1 else None,
+        "context_parallel_size": layout.cp,
+        "expert_model_parallel_size": layout.ep,
+        "expert_tensor_parallel_size": layout.etp,
+        "sequence_parallel": layout.tp > 1,
+        "pipeline_dtype": dtype,
+        "use_cpu_initialization": True,
+        "bf16": dtype is torch.bfloat16,
+        "fp16": dtype is torch.float16,
+        "params_dtype": dtype,
+        "add_bias_linear": False,
+        "variable_seq_lengths": problem.masks == "ragged" and layout.pp > 1,
+    }
+    if problem.groups is not None:
+        fields |= {"moe_router_num_groups": problem.groups[0], "moe_router_group_topk": problem.groups[1]}
+    if problem.mtp_applications:
+        fields |= {"mtp_num_layers": problem.mtp_applications, "mtp_use_repeated_layer": problem.mtp_applications > 1}
+    if layout.chunks > 1:  # what Megatron demands for two stages: else messages of both directions get mixed up
+        fields |= {"overlap_p2p_comm": True, "batch_p2p_comm": False}
+    if layout.recompute == "full":
+        fields |= {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    elif layout.recompute == "selective":
+        fields |= {"recompute_granularity": "selective", "recompute_modules": ["moe"]}
+    names = {"load_balancing_type": "moe_router_load_balancing_type", "aux_loss_coeff": "moe_aux_loss_coeff"}
+    names |= {"router_dtype": "moe_router_dtype"}
+    return fields | {names.get(name, name): value for name, value in {**layout.config, **extra}.items()}
+
+
+def _train(problem: Problem, layout: Layout, extra: dict[str, Any]):
+    from megatron.core import parallel_state
+    from megatron.core.num_microbatches_calculator import unset_num_microbatches_calculator
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+
+    unset_num_microbatches_calculator()
+    _forget_logged_losses()
+    config, model, chunks = build(problem, layout, extra)
+    selections = _record_selections(chunks)
+    grads, selected = [], []
     for step in range(problem.steps):
-        stage.load(weights(problem, step))
-        model.zero_grad_buffer()
-        model.train()
+        for wrapped, chunk in zip(model, chunks):
+            chunk.load(weights(problem, step))
+            wrapped.zero_grad_buffer()
+            wrapped.train()
+        shards = _my_shards(problem, layout, step)
         get_forward_backward_func()(
-            forward_step_func=_forward_step(problem, stage),
-            data_iterator=iter(_my_shards(problem, layout, step)),
-            model=model,
-            num_microbatches=problem.micro_batches,
+            forward_step_func=partial(_forward_step, problem),
+            data_iterator=[iter(shards) for _ in chunks] if layout.chunks > 1 else iter(shards),
+            model=model if layout.chunks > 1 else model[0],
+            num_microbatches=len(shards),
             seq_length=problem.seq,
             micro_batch_size=problem.batch,
             forward_only=False,
         )
-        grads.append(
-            {
-                number: tuple(parameter.main_grad.clone() / layout.loss_scale for parameter in pair)
-                for number, pair in stage.parameters_by_layer().items()
-            }
-        )
-        if extra.get("evaluate_between"):
-            model.eval()
-            with torch.no_grad():
-                for shard in _my_shards(problem, layout, step):
-                    model(*shard)
-    return grads
+        if layout.distributed_optimizer:
+            _gather_shards(model)
+        grads.append({block.number: _main_grads(block, layout) for chunk in chunks for block in chunk.blocks})
+        selected.append({number: list(maps) for number, maps in selections.items()})
+        for maps in selections.values():
+            maps.clear()
+        if layout.evaluate_between:
+            for wrapped in model:
+                wrapped.eval()
+                with torch.no_grad():
+                    for shard in shards:
+                        wrapped(*shard)
+    rank, part, parts = _place(layout)
+    assert parallel_state.get_data_parallel_world_size() == problem.dp
+    return {"grads": grads, "place": (rank, part, parts), "selections": selected}
+
+
+def _forget_logged_losses() -> None:
+    """Megatron sizes its tracker by the first model of a process."""
+    try:
+        from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracker
+
+        destroy_moe_metrics_tracker()
+    except ImportError:  # the tracker object of 0.18 ends this
+        from megatron.core.transformer.moe.moe_utils import get_moe_layer_wise_logging_tracker
+
+        get_moe_layer_wise_logging_tracker().clear()
+
+
+def _main_grads(block, layout: Layout):
+    """Copies of (W, router) `main_grad`; None for a parameter that is frozen or not there."""
+    pair = (block.below, None if block.moe is None else block.router.weight)
+    return tuple(p.main_grad.clone() / layout.loss_scale if p is not None and hasattr(p, "main_grad") else None for p in pair)
+
+
+def _record_selections(chunks) -> dict[int, list]:
+    """Lists that fill with every counted forward's routing map, by layer number."""
+    selections: dict[int, list] = {}
+
+    def remember(maps, router, arguments, output):
+        if router.training and torch._C._current_graph_task_id() == -1:
+            rows, batch = arguments[0].shape[:2]
+            maps.append(output[1].detach().bool().view(rows, batch, -1).clone())
+
+    for chunk in chunks:
+        for block in chunk.blocks:
+            if block.moe is not None:
+                selections[block.number] = []
+                block.router.register_forward_hook(partial(remember, selections[block.number]))
+    return selections
+
+
+def _gather_shards(model) -> None:
+    """With the distributed optimizer each rank's shard of a bucket holds the sum; bring all shards together to compare."""
+    import torch.distributed as dist
+
+    for chunk in model:
+        for buffer in [*chunk.buffers, *chunk.expert_parallel_buffers]:
+            group = buffer.data_parallel_group
+            for bucket in buffer.buckets:
+                shard = bucket.grad_data.view(group.size(), -1)[group.rank()].clone()
+                dist.all_gather(list(bucket.grad_data.view(group.size(), -1)), shard, group=group)
+
+
+def _place(layout: Layout) -> tuple[int, int, int]:
+    """(data-parallel rank, part of the sequence, number of parts): CP cuts first, then TP (sequence parallelism)."""
+    from megatron.core import parallel_state
+
+    part = parallel_state.get_context_parallel_rank() * layout.tp + parallel_state.get_tensor_model_parallel_rank()
+    return parallel_state.get_data_parallel_rank(), part, layout.cp * layout.tp
 
 
 def _my_shards(problem: Problem, layout: Layout, step: int):
-    """(x, padding) per micro-batch: this rank's slice of the sequence, over CP first, then TP (sequence parallelism)."""
-    from megatron.core import parallel_state
-
+    """(x, padding or None) per micro-batch: this rank's slice of the sequence."""
     x, padding = inputs(problem, step)
-    parts = layout.cp * layout.tp
-    part = parallel_state.get_context_parallel_rank() * layout.tp + parallel_state.get_tensor_model_parallel_rank()
-    rows = slice(part * problem.seq // parts, (part + 1) * problem.seq // parts)
-    rank = parallel_state.get_data_parallel_rank()
-    return [(x[m, rank, rows], padding[m, rank, rows]) for m in range(problem.micro_batches)]
+    rank, part, parts = _place(layout)
+    shards = []
+    for m in range(x.shape[0]):
+        length = int((~padding[m, rank, :, 0]).sum()) if problem.masks == "ragged" else problem.seq
+        rows = slice(part * length // parts, (part + 1) * length // parts)
+        masked = problem.masks not in ("none", "ragged")
+        shards.append((x[m, rank, rows], padding[m, rank, rows] if masked else None))
+    return shards
 
 
-def _forward_step(problem: Problem, stage):
-    def forward_step(data_iterator, model):
-        x, padding = next(data_iterator)
-        output = model(x, padding)
+def _forward_step(problem: Problem, data_iterator, model):
+    x, padding = next(data_iterator)
+    output = model(x, padding)
 
-        def loss_func(output):
-            # CP ranks hold parts of a sequence, TP ranks too (sequence parallelism), so tokens are summed over both.
-            tokens = (~padding).sum()
-            if problem.per_token:
-                from megatron.core import parallel_state
+    def loss_func(output):
+        # CP ranks hold parts of a sequence, TP ranks too (sequence parallelism), so tokens are summed over both.
+        tokens = (~padding).sum() if padding is not None else torch.tensor(x.shape[0] * x.shape[1])
+        if problem.per_token:
+            from megatron.core import parallel_state
 
-                torch.distributed.all_reduce(tokens, group=parallel_state.get_tensor_model_parallel_group())
-                return output.float().sum() * 0.0, tokens.int(), {}
-            return output.float().sum() * 0.0, {}
+            torch.distributed.all_reduce(tokens, group=parallel_state.get_tensor_model_parallel_group())
+            return output.float().sum() * 0.0, tokens.int(), {}
+        return output.float().sum() * 0.0, {}
 
-        return output, loss_func
-
-    return forward_step
-
-
-def _stage_class():
-    """The toy model's layers of one pipeline stage; a function because Megatron is imported in workers only."""
-    from megatron.core import parallel_state
-    from megatron.core.enums import ModelType
-    from megatron.core.transformer.module import MegatronModule
-    from megatron.core.transformer.moe.router import TopKRouter
-
-    class Stage(MegatronModule):
-        def __init__(self, config, problem: Problem) -> None:
-            super().__init__(config)
-            stages = parallel_state.get_pipeline_model_parallel_world_size()
-            stage = parallel_state.get_pipeline_model_parallel_rank()
-            per_stage = problem.layers // stages
-            self.numbers = [stage * per_stage + i + 1 for i in range(per_stage)]
-            self.problem = problem
-            self.model_type = ModelType.encoder_or_decoder
-            self.share_embeddings_and_output_weights = False
-            self.pre_process, self.post_process = stage == 0, stage == stages - 1
-            self.input_tensor = None
-            self.below = torch.nn.ParameterList()
-            self.routers = torch.nn.ModuleList()
-            for number in self.numbers:
-                weight = torch.nn.Parameter(torch.empty(problem.hidden, problem.hidden, dtype=config.params_dtype))
-                weight.sequence_parallel = config.sequence_parallel
-                self.below.append(weight)
-                router = TopKRouter(config=config, **_process_groups(TopKRouter))
-                router.set_layer_number(number)
-                if problem.bias:
-                    router.expert_bias.copy_(expert_bias(problem))
-                self.routers.append(router)
-
-        def set_input_tensor(self, input_tensor):
-            self.input_tensor = input_tensor[0] if isinstance(input_tensor, list) else input_tensor
-
-        def load(self, by_layer) -> None:
-            for number, below, router in zip(self.numbers, self.below, self.routers):
-                below.data.copy_(by_layer[number - 1][0])
-                router.weight.data.copy_(by_layer[number - 1][1])
-
-        def parameters_by_layer(self):
-            return {n: (below, router.weight) for n, below, router in zip(self.numbers, self.below, self.routers)}
-
-        def forward(self, x, padding):
-            h = x if self.input_tensor is None else self.input_tensor
-            h = h.to(self.config.params_dtype)
-            mask = {"padding_mask": padding} if self.problem.masks != "none" else {}
-            for below, router in zip(self.below, self.routers):
-                a = h @ below.t()
-                probs, _ = router(a, **mask)
-                # probs carries the loss' backward; times zero it adds nothing to the value.
-                h = torch.tanh(a) + probs.sum().to(a.dtype) * 0
-            return h
-
-    return Stage
-
-
-def _process_groups(router_class) -> dict[str, Any]:
-    """The router's process-group argument: `pg_collection`, before 0.15 `model_comm_pgs`."""
-    from megatron.core.transformer.moe import moe_utils
-
-    if "pg_collection" in inspect.signature(router_class.__init__).parameters:
-        return {"pg_collection": moe_utils.get_default_pg_collection()}
-    return {"model_comm_pgs": moe_utils.get_default_model_comm_pgs()}
+    return output, loss_func

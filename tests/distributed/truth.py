@@ -4,15 +4,17 @@ A toy model of L layers that every layout of the harness runs too:
 
     h_0 = x;    a_l = h_{l-1} W_l^T;    router of layer l sees a_l;    h_l = tanh(a_l)
 
-so a router's loss reaches its own weight and every W below it. The main loss is zero: the gradient is the LBL's alone.
-Index names: m micro-batch, d data-parallel rank, t token, i expert.
+so a router's loss reaches its own weight and every W below it. Layers in `dense` have no router. A last block of multi-token
+prediction may be applied several times in a row. The main loss is zero: the gradient is the LBL's alone.
+Index names: m micro-batch, d data-parallel rank, t token, i expert, a application.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
+from order import seen_in_backward
 
 
 @dataclass(frozen=True)
@@ -25,34 +27,57 @@ class Problem:
     steps: int = 1
     window_steps: int = 16
     per_token: bool = False
-    masks: str = "none"  # none | uneven | empty_rank
+    masks: str = "none"  # none | uneven | empty_rank | ragged (other lengths, no mask) | powers (m has 2^m valid tokens)
     micro_coeff: float = 0.0
     start_iter: int = 0
     group_size: int | None = None
     layers: int = 2
+    dense: tuple[int, ...] = ()  # numbers (from 1) of layers without a router
+    mtp_applications: int = 0
+    ramp_up: tuple[int, ...] = ()  # micro-batches of the first steps, before micro_batches holds
     hidden: int = 16
     experts: int = 8
     topk: int = 2
+    groups: tuple[int, int] | None = None  # group-limited top-k: number of groups, groups per token
     seq: int = 8
     batch: int = 2
     coeff: float = 0.02
     score: str = "softmax"
     bias: bool = False
+    dtype: str = "float32"  # of parameters and inputs; the formula stays float64
     seed: int = 1234
-    # Micro-batches whose forward has run when the backward of m runs, by stage; None: no pipeline, so 1..m.
-    seen: tuple = field(default=None)  # type: ignore[assignment]
+    pipeline: tuple[int, int] = (1, 1)  # stages, model chunks per stage
+
+    @property
+    def blocks(self) -> int:
+        """Layers, and the block of multi-token prediction as one more."""
+        return self.layers + (self.mtp_applications > 0)
+
+    def micro_batches_at(self, step: int) -> int:
+        return self.ramp_up[step] if step < len(self.ramp_up) else self.micro_batches
+
+    def stage_and_chunk(self, number: int) -> tuple[int, int]:
+        """Pipeline stage and model chunk of a layer (from 1), as Megatron lays them out; multi-token prediction is last."""
+        stages, chunks = self.pipeline
+        index = (min(number, self.layers) - 1) // (self.layers // (stages * chunks))
+        return index % stages, index // stages
 
 
 def weights(problem: Problem, step: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """(W_l, router weight) per layer at a step, float32: they move between steps, as under an optimizer."""
+    """(W_l, router weight) per block at a step, rounded to the problem's dtype: they move between steps, as under an
+    optimizer."""
     generator = torch.Generator().manual_seed(problem.seed)
     result = []
-    for _ in range(problem.layers):
+    for _ in range(problem.blocks):
         below = torch.randn(problem.hidden, problem.hidden, generator=generator) / problem.hidden**0.5
         router = torch.randn(problem.experts, problem.hidden, generator=generator) * 0.3
         drift = torch.randn(problem.experts, problem.hidden, generator=generator) * 0.05
-        result.append((below, router + step * drift))
+        result.append((_rounded(problem, below), _rounded(problem, router + step * drift)))
     return result
+
+
+def _rounded(problem: Problem, tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to(getattr(torch, problem.dtype)).float()
 
 
 def expert_bias(problem: Problem) -> torch.Tensor:
@@ -63,21 +88,33 @@ def expert_bias(problem: Problem) -> torch.Tensor:
 def inputs(problem: Problem, step: int) -> tuple[torch.Tensor, torch.Tensor]:
     """x [M, D, S, B, H] float32, each (m, d) from a domain of its own, and padding [M, D, S, B], True for padding."""
     generator = torch.Generator().manual_seed(problem.seed + 7919 * (step + 1))
-    shape = (problem.micro_batches, problem.dp, problem.seq, problem.batch, problem.hidden)
+    shape = (problem.micro_batches_at(step), problem.dp, problem.seq, problem.batch, problem.hidden)
     x = torch.randn(shape, generator=generator)
     x = x + 1.5 * torch.randn(*shape[:2], 1, 1, problem.hidden, generator=generator)
     padding = torch.zeros(shape[:-1], dtype=torch.bool)
-    if problem.masks != "none":
+    if problem.masks == "ragged":
+        # Even, so that two tensor-parallel ranks can share a sequence.
+        lengths = 2 * torch.randint(1, problem.seq // 2 + 1, (*shape[:2], 1), generator=generator)
+        padding |= torch.arange(problem.seq).view(1, 1, -1, 1) >= lengths.unsqueeze(2)
+    elif problem.masks == "powers":
+        padding = torch.arange(problem.seq) >= 2 ** torch.arange(shape[0]).unsqueeze(1)
+        padding = padding.view(shape[0], 1, -1, 1).expand(shape[:-1]).clone()
+    elif problem.masks != "none":
         lengths = torch.randint(1, problem.seq + 1, (*shape[:2], problem.batch), generator=generator)
         padding = torch.arange(problem.seq).view(1, 1, -1, 1) >= lengths.unsqueeze(2)
     if problem.masks == "empty_rank":
         padding[:, problem.dp - 1] = True
-    return x, padding
+    return _rounded(problem, x), padding
 
 
-def gradients(problem: Problem) -> list[list[tuple[torch.Tensor, torch.Tensor]]]:
-    """The true gradient of (W_l, router weight) per step and layer, float64."""
-    counted: list[list[dict]] = []  # completed steps, per layer
+def gradients(problem: Problem, selections=None) -> list[list[tuple[torch.Tensor, torch.Tensor]]]:
+    """The true gradient of (W_l, router weight) per step and block, float64.
+
+    Args:
+        selections: [step][block] -> [M, D, S, B, E] bool, what the routers of a low-precision model selected; without it the
+            formula selects.
+    """
+    counted: list[list[dict]] = []  # completed steps, per block
     result = []
     for step in range(problem.steps):
         params = [tuple(w.double().requires_grad_() for w in pair) for pair in weights(problem, step)]
@@ -86,36 +123,63 @@ def gradients(problem: Problem) -> list[list[tuple[torch.Tensor, torch.Tensor]]]
         h = x.double()
         loss = torch.zeros((), dtype=torch.float64)
         stats = []
-        for layer, (below, router) in enumerate(params):
-            a = h @ below.T
-            h = torch.tanh(a)
-            logits = a @ router.T
-            scores = logits.softmax(-1)
-            if problem.score == "sigmoid":
-                scores = logits.sigmoid() / logits.sigmoid().sum(-1, keepdim=True)
-            ranked = logits.sigmoid() if problem.score == "sigmoid" else logits
-            if problem.bias:
-                ranked = ranked + expert_bias(problem).double()
-            chosen = ranked.detach().topk(problem.topk, dim=-1).indices
-            r = torch.zeros_like(scores).scatter(-1, chosen, 1.0) * valid.unsqueeze(-1)
-            C_mdi = r.sum((2, 3)).detach()
-            S_mdi = (scores * valid.unsqueeze(-1)).sum((2, 3))
-            N_md = valid.sum((2, 3))
-            stats.append({"C": C_mdi, "N": N_md})
-            loss = loss + _layer_loss(problem, step, layer, C_mdi, S_mdi, N_md, counted)
+        for block, (below, router) in enumerate(params):
+            applications = []
+            for _ in range(problem.mtp_applications if block == problem.layers else 1):
+                a = h @ below.T
+                h = torch.tanh(a)
+                if block + 1 in problem.dense:
+                    continue
+                logits = a @ router.T
+                scores = logits.softmax(-1)
+                if problem.score == "sigmoid":
+                    scores = logits.sigmoid() / logits.sigmoid().sum(-1, keepdim=True)
+                if selections is None:
+                    r = _select(problem, logits.detach())
+                else:
+                    r = selections[step][block].double()
+                r = r * valid.unsqueeze(-1)
+                C_mdi, S_mdi = r.sum((2, 3)), (scores * valid.unsqueeze(-1)).sum((2, 3))
+                applications.append((C_mdi, S_mdi, valid.sum((2, 3))))
+            stats.append(
+                {"C": sum(C for C, _, _ in applications), "N": torch.stack([N for _, _, N in applications], -1)}
+                if applications
+                else {}
+            )
+            for C_mdi, S_mdi, N_md in applications:
+                share = 1 / len(applications)
+                loss = loss + share * _layer_loss(problem, step, block, C_mdi, S_mdi, N_md, stats[block], counted)
         flat = [w for pair in params for w in pair]
         grads = torch.autograd.grad(loss, flat, allow_unused=True)
         grads = [torch.zeros_like(w) if g is None else g for g, w in zip(grads, flat)]
-        result.append([(grads[2 * i], grads[2 * i + 1]) for i in range(problem.layers)])
+        result.append([(grads[2 * i], grads[2 * i + 1]) for i in range(problem.blocks)])
         counted.append(stats)
     return result
 
 
-def _layer_loss(problem, step, layer, C_mdi, S_mdi, N_md, counted) -> torch.Tensor:
-    E, M, D = problem.experts, problem.micro_batches, problem.dp
+def _select(problem: Problem, logits: torch.Tensor) -> torch.Tensor:
+    """r: the top-k of the router's ranking, with an expert bias and within the best groups where the problem has them."""
+    ranked = logits.sigmoid() if problem.score == "sigmoid" else logits
+    if problem.groups is not None and problem.score == "softmax":
+        ranked = logits.softmax(-1)  # --moe-router-pre-softmax: sums over a group rank otherwise than sums of logits
+    if problem.bias:
+        ranked = ranked + expert_bias(problem).double()
+    if problem.groups is not None:
+        number, chosen_groups = problem.groups
+        by_group = ranked.unflatten(-1, (number, -1))
+        group_scores = by_group.topk(problem.topk // chosen_groups, dim=-1).values.sum(-1)
+        best = torch.zeros_like(group_scores).scatter(-1, group_scores.topk(chosen_groups, dim=-1).indices, 1.0).bool()
+        ranked = by_group.masked_fill(~best.unsqueeze(-1), float("-inf")).flatten(-2)
+    return torch.zeros_like(logits).scatter(-1, ranked.topk(problem.topk, dim=-1).indices, 1.0)
+
+
+def _layer_loss(problem, step, block, C_mdi, S_mdi, N_md, of_step, counted) -> torch.Tensor:
+    """The loss of one application of one layer; `of_step` holds the sums over all its applications."""
+    E, M, D = problem.experts, N_md.shape[0], problem.dp
     N_step = N_md.sum()
     size = problem.group_size or D
     groups = [range(g, g + size) for g in range(0, D, size)]
+    seen = seen_in_backward(M, *problem.stage_and_chunk(block + 1), *problem.pipeline)
     loss = torch.zeros((), dtype=torch.float64)
 
     def lbl(alpha, C_i, S_i, tokens):
@@ -131,14 +195,13 @@ def _layer_loss(problem, step, layer, C_mdi, S_mdi, N_md, counted) -> torch.Tens
             if problem.scope == "dp":
                 C_i = C_mdi[m, group].sum(0)
             elif problem.scope == "global":
-                seen = list(problem.seen[layer][m]) if problem.seen is not None else list(range(m + 1))
-                C_i = C_mdi[seen][:, group].sum((0, 1))
+                C_i = of_step["C"][sorted(seen[m])][:, group].sum((0, 1))
             else:
-                past = counted[-problem.window_steps :]
+                past = [stats[block] for stats in counted[-problem.window_steps :]]
                 if not past:
                     continue  # f is uniform: no gradient
-                C_i = sum(s[layer]["C"][:, group].sum((0, 1)) for s in past)
-                mean = sum(s[layer]["N"][:, group].sum() for s in past) / sum(s[layer]["N"][:, group].numel() for s in past)
+                C_i = sum(stats["C"][:, group].sum((0, 1)) for stats in past)
+                mean = sum(stats["N"][:, group].sum() for stats in past) / sum(stats["N"][:, group].numel() for stats in past)
                 tokens = len(group) * mean
             if problem.per_token:
                 loss = loss + lbl(problem.coeff, C_i, S_i, N_step)

@@ -73,6 +73,8 @@ class Pool:
 
 def _serve(pipe) -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
+    # Most of the groups that Megatron makes are never used: connect those that are.
+    os.environ["TORCH_GLOO_LAZY_INIT"] = "1"
     import logging
     import warnings
 

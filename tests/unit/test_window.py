@@ -14,33 +14,37 @@ CPU = torch.device("cpu")
 
 
 def completed(window: Window, step: int) -> torch.Tensor:
-    """Complete a step whose counts are known: 3 experts, tokens, micro-batches."""
-    counts = torch.tensor([step, 2 * step + 1, 5, 2 * step + 7, 2])
+    """Complete a step whose counts are known: 3 experts, micro-batches."""
+    counts = torch.tensor([step, 2 * step + 1, 5, 2])
     window.step_completed([(window._layers["1"], counts)], blocking=False)
     return counts
 
 
 def test_sums_the_last_steps_exactly():
     window = Window(4)
-    layer = window.add_layer("1", GROUP, 5, CPU)
-    assert layer.counts.tolist() == [0] * 5, "f is uniform before the first step"
+    layer = window.add_layer("1", GROUP, 3, 2, CPU)
+    assert layer.counts.tolist() == [0] * 4, "f is uniform before the first step"
     history = []
     for step in range(600):
         history.append(completed(window, step))
         assert layer.counts.equal(sum(history[-4:]))
     assert layer.counts.dtype == torch.int64
-    assert layer.tokens_per_rank.item() == pytest.approx(sum(h[-2].item() for h in history[-4:]) / 8)
+    counts = sum(history[-4:]).double()
+    tokens = counts[:3].sum() / 2 / counts[3]  # top-2; per micro-batch
+    expected = 3 * counts[:3] / counts[:3].sum()
+    torch.testing.assert_close(layer.score_gradient(per_token=True).double(), expected, rtol=1e-6, atol=0)
+    torch.testing.assert_close(layer.score_gradient(per_token=False).double(), expected / tokens, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("steps, kept", [(4, 4), (2, 2), (9, 4)])
 def test_continues_from_its_state(steps, kept):
     window = Window(4)
-    window.add_layer("1", GROUP, 5, CPU)
+    window.add_layer("1", GROUP, 3, 2, CPU)
     history = [completed(window, step) for step in range(6)]
     resumed = Window(steps)
     resumed.load(window.state())
     assert resumed.state().keys() == {"1"}, "what was loaded is kept for layers that were not met yet"
-    layer = resumed.add_layer("1", GROUP, 5, CPU)
+    layer = resumed.add_layer("1", GROUP, 3, 2, CPU)
     assert layer.counts.equal(sum(history[-kept:]))
     history.append(completed(resumed, 6))
     assert layer.counts.equal(sum(history[-min(steps, kept + 1) :]))
@@ -49,5 +53,5 @@ def test_continues_from_its_state(steps, kept):
 def test_state_of_another_model_is_refused():
     window = Window(4)
     window.load({"1": torch.zeros(2, 1, 9, dtype=torch.int64)})
-    with pytest.raises(ValueError, match=r"\(1, 9\).*this run \(1, 5\)"):
-        window.add_layer("1", GROUP, 5, CPU)
+    with pytest.raises(ValueError, match=r"\(1, 9\).*this run \(1, 4\)"):
+        window.add_layer("1", GROUP, 3, 2, CPU)

@@ -1,0 +1,65 @@
+"""What a router can be told to do: f counts what it selected, and the gradient flows through its scores, whatever it is."""
+
+from __future__ import annotations
+
+import pytest
+from compare import check
+from layout import Layout
+from truth import Problem
+
+SCOPES = ["global", "window"]
+
+
+@pytest.mark.parametrize("score, bias", [("softmax", False), ("sigmoid", False), ("sigmoid", True)])
+@pytest.mark.parametrize("scope", SCOPES)
+def test_scores_and_expert_bias(workers, scope, score, bias):
+    """The bias shifts the selection only: the gradient flows through the unbiased scores."""
+    check(workers, Problem(scope, 2, 2, 2, score=score, bias=bias))
+
+
+@pytest.mark.parametrize("pre_softmax", [False, True])
+@pytest.mark.parametrize("router_dtype", ["fp32", "fp64"])
+def test_router_dtype_and_softmax_before_or_after(workers, router_dtype, pre_softmax):
+    check(workers, Problem("global", 2, 3), router_dtype=router_dtype, moe_router_pre_softmax=pre_softmax)
+
+
+@pytest.mark.parametrize("score, bias", [("softmax", False), ("sigmoid", True)])
+@pytest.mark.parametrize("scope", SCOPES)
+def test_group_limited_topk(workers, scope, score, bias):
+    """Upstream's `global_aux_loss` counts an unlimited top-k (D6)."""
+    problem = Problem(scope, 2, 2, 2, score=score, bias=bias, topk=4, groups=(4, 2))
+    check(workers, problem, moe_router_pre_softmax=score == "softmax")
+
+
+@pytest.mark.parametrize("policy", ["probs", "position"])
+@pytest.mark.parametrize("pad", [False, True])
+@pytest.mark.parametrize("scope", SCOPES)
+def test_token_dropping_counts_the_demand(workers, scope, pad, policy):
+    """f counts what was selected before dropping: an expert whose surplus is dropped must not look balanced."""
+    options = {"moe_expert_capacity_factor": 0.5, "moe_pad_expert_input_to_capacity": pad, "moe_token_drop_policy": policy}
+    layout = Layout(moe="layer", ep=2, config={"moe_token_dispatcher_type": "alltoall"})
+    check(workers, Problem(scope, 2, 2, 2, masks="uneven"), layout, **options)
+
+
+@pytest.mark.parametrize("scope", ["dp", *SCOPES])
+@pytest.mark.parametrize("per_token", [False, True])
+def test_beside_other_losses(workers, scope, per_token):
+    """In a list with `seq_aux_loss`, and with a z-loss: theirs is Megatron's own gradient, ours is added to it."""
+    problem = Problem(scope, 2, 2, 2, per_token=per_token)
+    mine = {"load_balancing_type": ["aux_loss", "seq_aux_loss"], "aux_loss_coeff": [problem.coeff, 0.01]}
+    theirs = {"load_balancing_type": "seq_aux_loss", "aux_loss_coeff": 0.01}
+    check(workers, problem, moe_z_loss_coeff=1e-3, without=theirs, **mine)
+
+
+@pytest.mark.parametrize("frozen", ["router", "below"])
+@pytest.mark.parametrize("recompute", [None, "full"])
+@pytest.mark.parametrize("scope", SCOPES)
+def test_frozen_parameters(workers, scope, frozen, recompute):
+    check(workers, Problem(scope, 2, 2, 2, layers=3), Layout(frozen=frozen, recompute=recompute))
+
+
+@pytest.mark.parametrize("dense", [(1,), (1, 3), (2, 3)])
+@pytest.mark.parametrize("scope", SCOPES)
+def test_dense_layers_between(workers, scope, dense):
+    """`--moe-layer-freq`."""
+    check(workers, Problem(scope, 2, 2, 2, layers=4, dense=dense))
