@@ -38,3 +38,41 @@ def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     """A Markdown table; the first column is text, the others numbers."""
     lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+
+
+class OtherLoad:
+    """How much of the machine's CPU time others use: a benchmark on a shared machine has to tell."""
+
+    def __init__(self) -> None:
+        self._start = self._now()
+
+    @staticmethod
+    def _now() -> tuple[float, float, float]:
+        ticks = [int(number) for number in Path("/proc/stat").read_text(encoding="utf-8").splitlines()[0].split()[1:9]]
+        idle = ticks[3] + ticks[4]
+        own = sum(_cpu_ticks(pid) for pid in _group_of_processes())
+        return sum(ticks), sum(ticks) - idle, own
+
+    def share(self) -> float:
+        """Of all CPU time since this was made, the part used by processes that torchrun did not start with this one."""
+        total, busy, own = (after - before for after, before in zip(self._now(), self._start))
+        return max(0.0, busy - own) / total
+
+
+def _group_of_processes() -> list[int]:
+    """This process and its siblings: the ranks on this machine."""
+    parent = os.getppid()
+    pids = [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit()]
+    return [pid for pid in pids if _stat(pid)[1:2] == [str(parent)]]
+
+
+def _stat(pid: int) -> list[str]:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
+    except OSError:  # it has ended
+        return []
+
+
+def _cpu_ticks(pid: int) -> int:
+    fields = _stat(pid)
+    return int(fields[11]) + int(fields[12]) if fields else 0

@@ -43,6 +43,7 @@ VARIANTS = {
     "global_aux_loss": Variant("global_aux_loss"),
     "dp": Variant("aux_loss", (("scope", "dp"),)),
     "global": Variant("aux_loss", (("scope", "global"),)),
+    "dp blocking": Variant("aux_loss", (("scope", "dp"), ("sync", "blocking"))),
     "global blocking": Variant("aux_loss", (("scope", "global"), ("sync", "blocking"))),
     "window": Variant("aux_loss", (("scope", "window"),)),
 }

@@ -1,0 +1,271 @@
+"""What a load-balancing loss costs in a training step, against Megatron's `aux_loss`, with a slow network injected.
+
+    OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 benchmarks/step_cost.py --cpu
+    torchrun --nproc-per-node 8 benchmarks/step_cost.py -- --hidden-size 2048 --seq-length 4096 --bf16    # GPUs, NCCL
+
+It is real Megatron training: `examples/pretrain_gpt_moe.py` runs Megatron's `pretrain` from its arguments to its log, and only
+`train_step` is wrapped, to change the loss between steps and to read the clock. One model and one process train with all
+losses in turns, so that a drift of the machine meets all alike:
+
+    for every latency, for every round, for every loss (the order rotates): 1 step untimed, then --steps timed
+
+A ratio is taken within a round, and the median over rounds is reported with the spread. `aux_loss (again)` is the same thing
+measured twice: its spread is what the machine can tell apart. How latency is injected: latency.py.
+
+Arguments after `--` go to Megatron and override the model below.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import statistics
+import sys
+import time
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "examples")]  # the plugin, when it is not installed; the training script
+
+from latency import BACKWARD, FORWARD, OTHER, Latency, Reduced  # noqa: E402
+from report import OtherLoad, machine, table  # noqa: E402
+from routers import COEFF, VARIANTS, Variant  # noqa: E402
+
+REFERENCE, CONTROL = "aux_loss", "aux_loss (again)"
+LOSSES = [REFERENCE, "global_aux_loss", "dp", "global", "window", CONTROL, "dp blocking", "global blocking"]
+WARM_UP_STEPS = 3
+MODEL = """
+    --num-layers 8 --hidden-size 128 --ffn-hidden-size 128 --num-attention-heads 4 --swiglu --disable-bias-linear
+    --seq-length 128 --max-position-embeddings 128 --attention-dropout 0 --hidden-dropout 0
+    --num-experts 16 --moe-router-topk 4 --micro-batch-size 1 --lr 1e-4 --clip-grad 1.0
+    --mock-data --tokenizer-type NullTokenizer --vocab-size 512 --split 100,0,0 --num-workers 0
+    --transformer-impl local --no-bias-swiglu-fusion --seed 7
+    --log-interval 1000000 --eval-interval 1000000 --eval-iters 0
+""".split()
+# The type and its coefficient are changed before each step; a router built for both has the state that either needs.
+BOTH_LOSSES = ["--moe-router-load-balancing-type", "aux_loss", "global_aux_loss", "--moe-aux-loss-coeff", *[str(COEFF)] * 2]
+
+
+@dataclass(frozen=True)
+class Visit:
+    """A few steps in a row with one loss under one latency."""
+
+    latency: float
+    round: int
+    loss: str
+    untimed: int
+    timed: int
+
+
+@dataclass
+class Clock:
+    """Wraps `train_step`: takes the visits one after the other and keeps their times."""
+
+    visits: list[Visit]
+    latency: Latency
+    seconds: dict[Visit, float] = field(default_factory=dict)
+    reduced: dict[tuple[float, str], list[Reduced]] = field(default_factory=dict)
+    layer_seconds: list[float] = field(default_factory=list)
+    others: float = 0.0
+    _position: int = 0
+    _step: int = 0
+    _began: float = 0.0
+    _active: ExitStack = field(default_factory=ExitStack)
+    _load: OtherLoad | None = None
+
+    def wrap(self, train_step: Any) -> Any:
+        """A `train_step` for Megatron's loop."""
+
+        def stepped(forward_step_func: Any, data_iterator: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
+            self._between_steps(model)
+            return train_step(forward_step_func, data_iterator, model, *args, **kwargs)
+
+        return stepped
+
+    def _between_steps(self, model: list[torch.nn.Module]) -> None:
+        torch.cuda.synchronize()  # nothing on the CPU
+        dist.barrier()  # both ranks are through: the slower one's time counts
+        now = time.perf_counter()
+        if self._position == len(self.visits):  # the step after the last one only stops the clock
+            return
+        visit = self.visits[self._position]
+        if self._step == visit.untimed + visit.timed:
+            self.seconds[visit] = (now - self._began) / visit.timed
+            steps = visit.timed
+            self.reduced[visit.latency, visit.loss] = self.latency.reduced[: len(self.latency.reduced) // steps]
+            self._position, self._step = self._position + 1, 0
+            self._active.close()
+            if self._position == len(self.visits):
+                assert self._load is not None
+                self.others = self._load.share()
+                return
+            visit = self.visits[self._position]
+        if self._step == 0:
+            self._load = self._load or OtherLoad()
+            self.latency.seconds = visit.latency
+            self._active.enter_context(active(VARIANTS[visit.loss.removesuffix(" (again)")], model))
+            self._active.enter_context(timed_layers(model, self.layer_seconds if visit.untimed == WARM_UP_STEPS else None))
+        if self._step == visit.untimed:
+            dist.barrier()
+            self.latency.reduced.clear()
+            self._began = time.perf_counter()
+        self._step += 1
+
+
+def active(variant: Variant, model: list[torch.nn.Module]) -> Any:
+    """Megatron with this loss, model and arguments alike, while inside."""
+    from megatron.core.transformer.moe.router import TopKRouter
+    from megatron.training import get_args
+
+    get_args().moe_router_load_balancing_type = variant.upstream
+    for router in (module for chunk in model for module in chunk.modules() if isinstance(module, TopKRouter)):
+        router.routing_type = variant.upstream
+        router.config.moe_aux_loss_coeff = COEFF
+    return variant.active()
+
+
+def timed_layers(model: list[torch.nn.Module], seconds: list[float] | None) -> ExitStack:
+    """Appends the forward time of every transformer layer while inside; None does nothing."""
+    from megatron.core.transformer.transformer_layer import TransformerLayer
+
+    stack = ExitStack()
+    if seconds is None:
+        return stack
+
+    def before(layer: torch.nn.Module, _: Any) -> None:
+        torch.cuda.synchronize()
+        layer._began = time.perf_counter()
+
+    def after(layer: torch.nn.Module, *_: Any) -> None:
+        torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - layer._began)
+
+    for layer in (module for chunk in model for module in chunk.modules() if isinstance(module, TransformerLayer)):
+        stack.callback(layer.register_forward_pre_hook(before).remove)
+        stack.callback(layer.register_forward_hook(after).remove)
+    return stack
+
+
+def plan(latencies: list[float], rounds: int, steps: int, losses: list[str]) -> list[Visit]:
+    """All visits in order; the first one warms up and is in no table."""
+    visits = [Visit(0.0, -1, REFERENCE, WARM_UP_STEPS, 1)]
+    for latency in latencies:
+        for number in range(rounds):
+            order = losses[number % len(losses) :] + losses[: number % len(losses)]
+            visits += [Visit(latency, number, loss, 1, steps) for loss in order]
+    return visits
+
+
+def report(clock: Clock, latencies: list[float], rounds: int, losses: list[str]) -> str:
+    """One Markdown table per latency."""
+    parts = []
+    for latency in latencies:
+        rows = []
+        own = len(clock.reduced[latency, REFERENCE]), sum(entry.payload for entry in clock.reduced[latency, REFERENCE])
+        for loss in losses:
+            times = {
+                visit.round: seconds
+                for visit, seconds in clock.seconds.items()
+                if (visit.latency, visit.loss) == (latency, loss)
+            }
+            base = {visit.round: s for visit, s in clock.seconds.items() if (visit.latency, visit.loss) == (latency, REFERENCE)}
+            ratios = sorted(times[number] / base[number] for number in range(rounds) if number in times)
+            quartiles = statistics.quantiles(ratios, n=4)
+            reduced = clock.reduced[latency, loss]
+            waits = {phase: sum(entry.waited == phase for entry in reduced) for phase in (FORWARD, BACKWARD, OTHER)}
+            waited = sum(entry.seconds for entry in reduced if entry.waited == FORWARD)
+            rows.append(
+                [
+                    loss,
+                    f"{statistics.median(times.values()) * 1000:.1f}",
+                    f"{statistics.median(ratios):.3f}",
+                    f"{quartiles[0]:.3f} to {quartiles[2]:.3f}",
+                    len(reduced) - own[0],
+                    waits[FORWARD],
+                    waits[BACKWARD],
+                    f"{waited * 1000:.1f}",
+                    sum(entry.payload for entry in reduced) - own[1],
+                ]
+            )
+        head = ["loss", "step, ms", "ratio", "quartiles", "all-reduces more", "waited for in the forward", "in the backward"]
+        head += ["waited in the forward, ms", "bytes more"]
+        parts.append(f"### {latency * 1000:g} ms per all-reduce\n\n{table(head, rows)}\n")
+    return "\n".join(parts)
+
+
+def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
+    cut = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
+    own, megatron = sys.argv[1:cut], sys.argv[cut + 1 :]
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cpu", action="store_true", help="gloo and the CPU instead of NCCL and GPUs")
+    parser.add_argument("--latency", nargs="+", type=float, default=[0.0, 1.0, 5.0], help="injected per all-reduce, ms")
+    parser.add_argument("--rounds", type=int, default=8, help="visits of every loss per latency, >= 5")
+    parser.add_argument("--steps", type=int, default=2, help="timed steps per visit")
+    parser.add_argument("--micro-batches", type=int, default=2)
+    parser.add_argument("--losses", nargs="+", choices=LOSSES, default=LOSSES, metavar="LOSS")
+    parser.add_argument("--out", type=Path, help="write the report to this file as well")
+    args = parser.parse_args(own)
+    if args.rounds < 5:
+        parser.error(f"--rounds {args.rounds}: too few for a median; allowed: >= 5")
+    if REFERENCE not in args.losses:
+        args.losses.insert(0, REFERENCE)
+    return args, megatron
+
+
+def main() -> None:
+    """Train, measure, and print the report on rank 0."""
+    args, megatron_arguments = parse_arguments()
+    if "RANK" not in os.environ:
+        raise SystemExit("step_cost.py: start it with torchrun, with 2 ranks or more (RANK is not set)")
+    if args.cpu:
+        from megatron_global_lbl import cpu
+
+        cpu.install()
+    latencies = [milliseconds / 1000 for milliseconds in args.latency]
+    visits = plan(latencies, args.rounds, args.steps, args.losses)
+    ranks = int(os.environ["WORLD_SIZE"])
+    iterations = sum(visit.untimed + visit.timed for visit in visits) + 1
+    sys.argv = [sys.argv[0], *MODEL, *BOTH_LOSSES, *megatron_arguments]
+    sys.argv += ["--train-iters", str(iterations), "--global-batch-size", str(ranks * args.micro_batches)]
+    if args.cpu:
+        sys.argv += ["--distributed-backend", "gloo", "--use-cpu-initialization"]
+
+    specification = importlib.util.spec_from_file_location("pretrain_gpt_moe", ROOT / "examples" / "pretrain_gpt_moe.py")
+    assert specification is not None and specification.loader is not None
+    script = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(script)
+    from megatron.training import get_args, training
+
+    clock = Clock(visits, Latency())
+    training.train_step = clock.wrap(training.train_step)
+    with clock.latency.installed():
+        script.main()
+    if int(os.environ["RANK"]) == 0:
+        megatron = get_args()
+        layer = statistics.median(clock.layer_seconds) * 1000
+        text = "\n".join(
+            [
+                machine(gpu=not args.cpu),
+                f"{ranks} data-parallel ranks, {megatron.num_layers} MoE layers, {args.micro_batches} micro-batches of "
+                f"{megatron.micro_batch_size} x {megatron.seq_length} tokens, hidden size {megatron.hidden_size}, "
+                f"{megatron.num_experts} experts, top-{megatron.moe_router_topk}. A layer's forward takes {layer:.1f} ms. "
+                f"{args.rounds} rounds of {args.steps} timed steps. CPU time of other processes during the run: "
+                f"{clock.others:.1%} of the machine.",
+                "",
+                report(clock, latencies, args.rounds, args.losses),
+            ]
+        )
+        print(text)
+        if args.out:
+            args.out.write_text(text + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
