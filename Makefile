@@ -1,16 +1,20 @@
 # make demo     train one small MoE with three scopes on this machine, compare them (no GPU needed)
-# make test     every test that runs without a GPU
+# make test     every test that runs without a GPU, with the pinned Megatron-Core
+# make test-versions   the core of the gradient tests with every other supported Megatron-Core release
 # make checks   format, lint, types
-# All three set themselves up: a virtual environment in .venv with the versions of constraints.txt.
+# All of them set themselves up: a virtual environment in .venv with the versions of constraints.txt.
 SHELL := /bin/bash
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DEMO_OUT ?= demo-out
+VERSIONS ?= 0.14.0 0.15.3 0.16.1 0.17.1 0.18.2
+# Where shell scripts are (found by their first line, so none can be forgotten).
+SCRIPT_DIRS := .ci benchmarks examples patches scripts tests
 
-.PHONY: help demo test checks format venv clean
+.PHONY: help demo test test-versions checks format venv clean
 help:
-	@sed -n '1,4s/^# //p' Makefile
+	@sed -n '1,5s/^# //p' Makefile
 
 venv: $(STAMP)
 $(STAMP): setup.py constraints.txt scripts/find-python
@@ -27,10 +31,17 @@ demo: $(STAMP)
 test: $(STAMP)
 	$(BIN)/python -m pytest tests
 
+test-versions: $(STAMP)
+	scripts/install-megatron-versions $(BIN)/python $(VERSIONS)
+	set -e; for release in $(VERSIONS); do echo "== Megatron-Core $$release"; \
+	  PYTHONPATH=$(CURDIR)/.versions/$$release MEGATRON_RELEASE=$$release \
+	  $(BIN)/python -m pytest -q -m core tests/distributed; done
+
 checks: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/shellcheck $$(find $(SCRIPT_DIRS) -type f -exec awk 'FNR == 1 && /^#!.*sh$$/ {print FILENAME}' {} +)
 
 format: $(STAMP)
 	$(BIN)/ruff format .

