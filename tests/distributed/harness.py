@@ -107,8 +107,9 @@ def _config_fields(problem: Problem, layout: Layout, extra: dict[str, Any]) -> d
         "fp16": dtype is torch.float16,
         "params_dtype": dtype,
         "add_bias_linear": False,
-        "variable_seq_lengths": problem.masks == "ragged" and layout.pp > 1,
     }
+    if problem.masks == "ragged" and layout.pp > 1:
+        fields |= {"variable_seq_lengths": True, "moe_token_dispatcher_type": "alltoall"}
     if problem.groups is not None:
         fields |= {"moe_router_num_groups": problem.groups[0], "moe_router_group_topk": problem.groups[1]}
     if problem.mtp_applications:

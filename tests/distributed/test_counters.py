@@ -73,7 +73,7 @@ def counted_tokens(problem, layout, register):
 
     def counts_of_step(self):
         counts_C = original(self)
-        tokens.setdefault(self.key, []).append(int(counts_C[-2]))
+        tokens.setdefault(self.key, []).append(int(counts_C[:-1].sum()) // problem.topk)
         return counts_C
 
     LayerBalance.counts_of_step = counts_of_step

@@ -59,7 +59,7 @@ def test_parallel_layouts_without_masks(workers, layout):
         Layout(pp=2, recompute="full"),
         Layout(pp=2, recompute="selective"),
         Layout(pp=2, chunks=2, recompute="full"),
-        Layout(tp=2, pp=2, moe="layer", ep=2, recompute="full"),
+        Layout(tp=2, pp=2, moe="layer", ep=2, etp=1, recompute="full"),
     ],
     ids=str,
 )
@@ -98,7 +98,7 @@ def test_data_parallel_options(workers, layout, per_token):
 @pytest.mark.parametrize("scope", SCOPES)
 def test_low_precision(workers, scope, dtype, layout):
     """f is exact: it is compared through what the low-precision routers selected."""
-    problem = problem_for(scope, layout, dtype=dtype, masks="uneven", hidden=64, seq=32)
+    problem = problem_for(scope, layout, dtype=dtype, masks="uneven", hidden=64, seq=64, batch=4)
     check(workers, problem, layout, router_dtype="fp32")
 
 

@@ -83,6 +83,9 @@ class Chunk(MegatronModule):
     def set_input_tensor(self, input_tensor) -> None:
         self.input_tensor = input_tensor[0] if isinstance(input_tensor, list) else input_tensor
 
+    def shared_embedding_or_output_weight(self) -> None:
+        """Asked for with multi-token prediction; the toy has no embedding."""
+
     def load(self, weights: list[tuple[Tensor, Tensor]]) -> None:
         for block in self.blocks:
             block.below.data.copy_(weights[block.number - 1][0])

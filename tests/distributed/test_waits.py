@@ -1,0 +1,61 @@
+"""Where the training waits for the loss' collectives: never in a forward, unless `blocking` asks for it."""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from pathlib import Path
+
+import harness
+import pytest
+from layout import Layout
+from truth import Problem
+
+LAYERS, MICRO_BATCHES, STEPS = 2, 3, 3
+PROBLEM = Problem("global", 2, MICRO_BATCHES, STEPS, layers=LAYERS)
+
+
+def reduced(problem, layout, register, extra):
+    """In a worker. How many all-reduces over several ranks by (phase of the start, phase of the first wait)."""
+    sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+    from latency import Latency
+
+    latency = Latency()
+    with latency.installed():
+        harness.run(problem, layout, register, extra)
+    return Counter((entry.started, entry.waited) for entry in latency.reduced)
+
+
+def of_the_loss(workers, register, recompute=None, **extra):
+    """Beyond those of `aux_loss`, which has none over data-parallel ranks."""
+    layout = Layout(recompute=recompute)
+    ranks = workers.run(reduced, 2, PROBLEM, layout, register, extra)
+    plain = workers.run(reduced, 2, PROBLEM, layout, None, {})
+    assert all(counts == ranks[0] for counts in ranks)
+    assert plain[0] and not any("forward" in phases for phases in plain[0])
+    return ranks[0] - plain[0]
+
+
+@pytest.mark.parametrize("recompute", [None, "full"])
+@pytest.mark.parametrize("scope", ["dp", "global"])
+def test_overlap_waits_in_the_backward_only(workers, scope, recompute):
+    counts = of_the_loss(workers, {"scope": scope}, recompute)
+    assert counts == {("forward", "backward"): LAYERS * MICRO_BATCHES * STEPS}
+
+
+@pytest.mark.parametrize("scope", ["dp", "global"])
+def test_blocking_waits_on_the_spot(workers, scope):
+    counts = of_the_loss(workers, {"scope": scope, "sync": "blocking"})
+    assert counts == {("forward", "forward"): LAYERS * MICRO_BATCHES * STEPS}
+
+
+def test_window_has_one_collective_per_step(workers):
+    counts = of_the_loss(workers, {"scope": "window"})
+    # Nobody needs what the last step started: it is waited for when the plugin is removed.
+    assert counts == {("step end", "backward"): STEPS - 1, ("step end", "step end"): 1}
+
+
+def test_upstreams_global_loss_waits_in_every_forward(workers):
+    """What the tests above would see if ours did; the rest is upstream's."""
+    counts = of_the_loss(workers, None, load_balancing_type="global_aux_loss")
+    assert counts == {("forward", "forward"): LAYERS * MICRO_BATCHES * STEPS}
