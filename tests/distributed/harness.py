@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from layout import Layout
-from truth import Problem, inputs, weights
+from truth import LENGTHS, Problem, inputs, weights
 
 
 def run(problem: Problem, layout: Layout, register: dict[str, Any] | None, extra: dict[str, Any] | None = None):
@@ -60,7 +60,7 @@ def build(problem: Problem, layout: Layout, extra: dict[str, Any]):
     if layout.loss_scale != 1.0:
         config.grad_scale_func = lambda loss: loss * layout.loss_scale
     stage = parallel_state.get_pipeline_model_parallel_rank()
-    chunks = [Chunk(config, problem, layout, stage, chunk) for chunk in range(layout.chunks)]
+    chunks = [Chunk(config, problem, layout, stage, chunk).cuda() for chunk in range(layout.chunks)]
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         overlap_grad_reduce=layout.overlap_grad_reduce,
@@ -108,7 +108,7 @@ def _config_fields(problem: Problem, layout: Layout, extra: dict[str, Any]) -> d
         "params_dtype": dtype,
         "add_bias_linear": False,
     }
-    if problem.masks == "ragged" and layout.pp > 1:
+    if problem.masks in LENGTHS and layout.pp > 1:
         fields |= {"variable_seq_lengths": True, "moe_token_dispatcher_type": "alltoall"}
     if problem.groups is not None:
         fields |= {"moe_router_num_groups": problem.groups[0], "moe_router_group_topk": problem.groups[1]}
@@ -192,7 +192,7 @@ def _record_selections(chunks) -> dict[int, list]:
     def remember(maps, router, arguments, output):
         if router.training and torch._C._current_graph_task_id() == -1:
             rows, batch = arguments[0].shape[:2]
-            maps.append(output[1].detach().bool().view(rows, batch, -1).clone())
+            maps.append(output[1].detach().bool().view(rows, batch, -1).cpu().clone())
 
     for chunk in chunks:
         for block in chunk.blocks:
@@ -228,10 +228,10 @@ def _my_shards(problem: Problem, layout: Layout, step: int):
     rank, part, parts = _place(layout)
     shards = []
     for m in range(x.shape[0]):
-        length = int((~padding[m, rank, :, 0]).sum()) if problem.masks == "ragged" else problem.seq
+        length = int((~padding[m, rank, :, 0]).sum()) if problem.masks in LENGTHS else problem.seq
         rows = slice(part * length // parts, (part + 1) * length // parts)
-        masked = problem.masks not in ("none", "ragged")
-        shards.append((x[m, rank, rows], padding[m, rank, rows] if masked else None))
+        masked = problem.masks not in ("none", *LENGTHS)
+        shards.append((x[m, rank, rows].cuda(), padding[m, rank, rows].cuda() if masked else None))
     return shards
 
 
@@ -241,7 +241,7 @@ def _forward_step(problem: Problem, data_iterator, model):
 
     def loss_func(output):
         # CP ranks hold parts of a sequence, TP ranks too (sequence parallelism), so tokens are summed over both.
-        tokens = (~padding).sum() if padding is not None else torch.tensor(x.shape[0] * x.shape[1])
+        tokens = (~padding).sum() if padding is not None else torch.tensor(x.shape[0] * x.shape[1], device=x.device)
         if problem.per_token:
             from megatron.core import parallel_state
 

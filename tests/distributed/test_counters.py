@@ -17,11 +17,11 @@ from megatron_global_lbl.loss import expert_frequencies
 @pytest.mark.core
 def test_exact_after_600_micro_batches_in_bf16(workers, tmp_path):
     """Upstream's float counters are cast to bf16 with the model and stop counting at 256 micro-batches (D1)."""
-    problem = Problem("global", 2, 600, seq=4, batch=1, dtype="bfloat16")
+    problem = Problem("global", 2, 600, layers=1, seq=4, batch=1, dtype="bfloat16")
     ranks = run_ranks(workers, problem, Layout(), {"scope": "global", "metrics_dir": str(tmp_path)}, router_dtype="fp32")
     selections = assembled_selections(problem, ranks)[0]
     header, step = map(json.loads, (tmp_path / "balance.pp0.jsonl").read_text().splitlines())
-    assert header["layers"] == [1, 2]
+    assert header["layers"] == [1]
     for counted, selection in zip(step["tokens_per_expert"], selections, strict=True):
         assert counted == selection.flatten(0, 3).sum(0).tolist()
         assert sum(counted) == 600 * problem.dp * problem.seq * problem.topk
@@ -30,7 +30,7 @@ def test_exact_after_600_micro_batches_in_bf16(workers, tmp_path):
 
 def test_gradient_after_300_micro_batches_in_bf16(workers):
     """Beyond the 256 at which a bf16 counter sticks."""
-    problem = Problem("global", 2, 300, seq=4, batch=1, hidden=64, dtype="bfloat16")
+    problem = Problem("global", 2, 300, layers=1, seq=4, batch=1, hidden=64, dtype="bfloat16")
     check(workers, problem, router_dtype="fp32")
 
 

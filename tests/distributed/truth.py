@@ -16,6 +16,9 @@ from dataclasses import dataclass
 import torch
 from order import seen_in_backward
 
+# Sequences of other lengths instead of a mask: by chance, or 2^m tokens in micro-batch m.
+LENGTHS = ("ragged", "powers")
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -27,7 +30,7 @@ class Problem:
     steps: int = 1
     window_steps: int = 16
     per_token: bool = False
-    masks: str = "none"  # none | uneven | empty_rank | ragged (other lengths, no mask) | powers (m has 2^m valid tokens)
+    masks: str = "none"  # none | uneven | empty_rank, or one of LENGTHS
     micro_coeff: float = 0.0
     start_iter: int = 0
     group_size: int | None = None

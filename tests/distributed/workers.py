@@ -24,15 +24,15 @@ class CaseFailed(AssertionError):
 class Pool:
     """`run(function, world_size, *args)` gives function(*args) of every rank, with torch.distributed initialised."""
 
-    def __init__(self, size: int = 4) -> None:
-        self._size = size
+    def __init__(self, size: int = 4, device: str = "cpu") -> None:
+        self._size, self._device = size, device
         self._workers: list[tuple[Any, Any]] = []
 
     def _start(self) -> None:
         context = multiprocessing.get_context("spawn")
-        for _ in range(self._size):
+        for index in range(self._size):
             here, there = context.Pipe()
-            process = context.Process(target=_serve, args=(there,), daemon=True)
+            process = context.Process(target=_serve, args=(there, self._device, index), daemon=True)
             process.start()
             self._workers.append((process, here))
         for process, pipe in self._workers:
@@ -71,7 +71,7 @@ class Pool:
         self._workers = []
 
 
-def _serve(pipe) -> None:
+def _serve(pipe, device: str, index: int) -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
     # Most of the groups that Megatron makes are never used: connect those that are.
     os.environ["TORCH_GLOO_LAZY_INIT"] = "1"
@@ -80,9 +80,10 @@ def _serve(pipe) -> None:
 
     logging.disable(logging.WARNING)
     warnings.simplefilter("ignore")
-    from megatron_global_lbl import cpu
+    if device == "cpu":
+        from megatron_global_lbl import cpu
 
-    cpu.install()
+        cpu.install()
     # Imported here, so that a case's time is its own.
     import megatron.core.distributed
     import megatron.core.transformer.moe.moe_layer  # noqa: F401
@@ -90,6 +91,8 @@ def _serve(pipe) -> None:
     import torch.distributed as dist
 
     torch.set_num_threads(1)
+    if device == "cuda":
+        torch.cuda.set_device(index)
     pipe.send("ready")
     while True:
         try:
@@ -97,7 +100,8 @@ def _serve(pipe) -> None:
         except EOFError:
             return
         try:
-            dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
+            backend = "gloo" if device == "cpu" else "nccl"
+            dist.init_process_group(backend, init_method=f"file://{store}", rank=rank, world_size=world_size)
             value = function(*args)
             dist.barrier()
             pipe.send(("value", value))

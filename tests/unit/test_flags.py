@@ -46,7 +46,15 @@ GLOBAL = ("--moe-lbl-scope", "global")
         (arguments(*GLOBAL, "--moe-lbl-start-iter", "-1"), "--moe-lbl-start-iter -1: not allowed"),
         (arguments("--moe-lbl-metrics-dir", "d", moe_aux_loss_coeff=0.0), "--moe-lbl-metrics-dir d has nothing to act on"),
         (arguments(*GLOBAL, use_megatron_fsdp=True), "not supported with --use-megatron-fsdp yet"),
-        (arguments(*GLOBAL, cuda_graph_impl="local"), "not supported with CUDA graphs yet"),
+        (arguments(*GLOBAL, cuda_graph_impl="full_iteration"), "full_iteration CUDA graphs; allowed: CUDA graphs of layers"),
+        (
+            arguments(*GLOBAL, cuda_graph_impl="local", cuda_graph_scope=["full_iteration"]),
+            "full_iteration CUDA graphs; allowed: CUDA graphs of layers",
+        ),
+        (
+            arguments(*GLOBAL, "--moe-lbl-start-iter", "5", cuda_graph_impl="local"),
+            "--moe-lbl-start-iter 5 is not supported with CUDA graphs; allowed: without",
+        ),
         (arguments("--moe-lbl-scope", "window", save="x", ckpt_format="torch_dcp"), "--ckpt-format torch_dcp"),
     ],
 )

@@ -1,0 +1,130 @@
+"""Trains one router whose forward and backward are captured once and replayed ever after."""
+
+from __future__ import annotations
+
+import harness
+import torch
+from layout import Layout
+from truth import Problem, inputs, weights
+
+
+def train_captured(problem: Problem, register: dict, on_gpu: bool = False) -> dict:
+    """One rank's part: {"grads": [step] gradient of the router's weight, "collectives": how many the captured forward holds}.
+
+    Args:
+        problem: of one layer; data parallelism only.
+        register: arguments of `lbl.register`.
+        on_gpu: real CUDA graphs; otherwise recorded operations and a faked capture flag.
+    """
+    from megatron.core.distributed.finalize_model_grads import finalize_model_grads
+    from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+
+    import megatron_global_lbl as lbl
+
+    with lbl.registered(**register) as handle:
+        _, _, (chunk,) = harness.build(problem, Layout(), {})
+        block, rank = chunk.blocks[0], torch.distributed.get_rank()
+        MoEAuxLossAutoScaler.set_loss_scale(torch.tensor([1.0 / problem.micro_batches]).cuda())
+        static = inputs(problem, 0)[0][0, rank].clone().cuda()
+
+        def forward():
+            return block.router(static @ block.below.t())[0]
+
+        def backward(probs):
+            return torch.autograd.grad(probs, block.router.weight, torch.zeros_like(probs))[0]
+
+        def forget_uncounted():
+            # What Megatron calls after warm-up and capture, whose forwards are no training.
+            finalize_model_grads.__globals__["reset_model_temporary_tensors"](block.router.config, [chunk])
+
+        chunk.load(weights(problem, 0))
+        with _on_side_stream(on_gpu):
+            backward(forward())
+        forget_uncounted()
+        make = _CudaGraph if on_gpu else _FakedGraph
+        forward_graph, backward_graph = make(), make()
+        with forward_graph:
+            probs = forward()
+        assert not any(layer.started for layer in handle._engine._layers.values()), "left the capture without its wait"
+        with backward_graph:
+            gradient = backward(probs)
+        forget_uncounted()
+        steps = []
+        for step in range(problem.steps):
+            chunk.load(weights(problem, step))
+            total = torch.zeros_like(gradient)
+            for m in range(problem.micro_batches):
+                static.copy_(inputs(problem, step)[0][m, rank])
+                forward_graph.replay()
+                backward_graph.replay()
+                total += gradient
+            torch.distributed.all_reduce(total)
+            steps.append((total / problem.dp).cpu())
+            lbl.end_step()
+    return {"grads": steps, "collectives": forward_graph.collectives()}
+
+
+class _FakedGraph:
+    """Recorded operations; Python believes that a stream is being captured."""
+
+    def __init__(self) -> None:
+        from recorded_graph import RecordedGraph
+
+        from megatron_global_lbl import balance, collective, engine
+
+        self._graph = RecordedGraph()
+        self._modules = (balance, collective, engine)
+        self._original = collective.is_capturing
+
+    def _flag(self, function) -> None:
+        for module in self._modules:
+            module.is_capturing = function
+
+    def __enter__(self) -> None:
+        self._flag(lambda tensor: True)
+        self._graph.__enter__()
+
+    def __exit__(self, *exception) -> None:
+        self._graph.__exit__(*exception)
+        self._flag(self._original)
+
+    def replay(self) -> None:
+        self._graph.replay()
+
+    def collectives(self) -> int:
+        return sum("allreduce" in name for name in self._graph.names())
+
+
+class _CudaGraph:
+    def __init__(self) -> None:
+        self._graph = torch.cuda.CUDAGraph()
+        self._capture = torch.cuda.graph(self._graph)
+
+    def __enter__(self) -> None:
+        self._capture.__enter__()
+
+    def __exit__(self, *exception) -> None:
+        self._capture.__exit__(*exception)
+
+    def replay(self) -> None:
+        self._graph.replay()
+
+    def collectives(self) -> None:
+        return None  # not visible from outside
+
+
+class _on_side_stream:
+    """Warm-up as PyTorch asks for it before a capture."""
+
+    def __init__(self, on_gpu: bool) -> None:
+        self._stream = torch.cuda.Stream()
+        self._context = torch.cuda.stream(self._stream)
+        self._on_gpu = on_gpu
+
+    def __enter__(self) -> None:
+        self._stream.wait_stream(torch.cuda.current_stream())
+        self._context.__enter__()
+
+    def __exit__(self, *exception) -> None:
+        self._context.__exit__(*exception)
+        torch.cuda.current_stream().wait_stream(self._stream)
