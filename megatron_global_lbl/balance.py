@@ -63,13 +63,14 @@ class LayerBalance:
             selection = selection & ~padding_mask.unsqueeze(1)
         # int32 is enough for one micro-batch (2^31 tokens over all ranks), and is what travels.
         counts_E = selection.sum(dim=0, dtype=torch.int32)
-        self.step_counts[-1:] += 1
+        if self.settings.scope is not Scope.DP:
+            self.step_counts[-1:].add_(1)
         blocking = self.settings.sync is Sync.BLOCKING
         micro = Reduction(counts_E.clone(), self.group.model, blocking=blocking) if self.micro_coeff else None
         self.captured |= is_capturing(counts_E)
         if self.settings.scope is Scope.WINDOW:
             # Summed over ranks once per step, all layers together (see window.py).
-            self.step_counts[:-1] += counts_E
+            self.step_counts[:-1].add_(counts_E)
             return MicroBatch(self, None, micro)
         summed = Reduction(counts_E, self.group.counted, blocking=blocking)
         self.started.append(summed)
@@ -82,7 +83,7 @@ class LayerBalance:
         for reduction in self.started:
             counts_E = reduction.wait()
             if self.settings.scope is Scope.GLOBAL:
-                self.step_counts[:-1] += counts_E
+                self.step_counts[:-1].add_(counts_E)
         self.started.clear()
         return self.step_counts
 
@@ -140,7 +141,8 @@ class MicroBatch:
             counts_E = layer.counts_of_step()[:-1] if layer.settings.scope is Scope.GLOBAL else own_E
             gradient_E = self._gradient(counts_E, own_E, layer.coeff, layer.group.size, per_token)
             if self.summed_scores is not None:
-                layer.score_sums.addcmul_(self._gradient(own_E, own_E, 1.0, layer.group.size, False), self.summed_scores)
+                unit_E = self._gradient(own_E, own_E, layer.coeff, layer.group.size, False) if per_token else gradient_E
+                layer.score_sums.addcmul_(unit_E, self.summed_scores, value=1 / layer.coeff)
         if self.micro is not None:
             micro_E = self.micro.wait()
             gradient_E = gradient_E + self._gradient(micro_E, micro_E, layer.micro_coeff, 1, per_token)
@@ -150,5 +152,5 @@ class MicroBatch:
         """f from `counts_E`; p a mean over this micro-batch's tokens of one rank: selections `own_E` / (topk * ranks)."""
         if per_token:
             return score_gradient(tokens_per_expert=counts_E, num_tokens=1, coeff=coeff)
-        selections = own_E.sum(dtype=torch.float64)
+        selections = own_E.sum(dtype=torch.float32)
         return score_gradient(tokens_per_expert=counts_E, num_tokens=selections, coeff=coeff * self.layer.topk * ranks)

@@ -46,11 +46,9 @@ def score_gradient(
         [E], alpha * E * f_i / num_tokens; zeros when nothing was counted.
     """
     counts_E = tokens_per_expert.detach()
-    # A float64 holds the sum exactly, and its product with the tokens without overflow.
-    divisor = (counts_E.sum(dtype=torch.float64) * num_tokens).clamp(min=1)
-    # Integers are divided in float32 (one kernel less than a cast before); float64 only on demand.
-    shares_E = (counts_E.double() if dtype is torch.float64 else counts_E) / divisor
-    return shares_E * (coeff * counts_E.numel())
+    # In floating point: the product of two large integers would overflow. Integers divided by a float32 give float32.
+    divisor = (counts_E.sum(dtype=dtype) * num_tokens).clamp(min=1)
+    return counts_E / divisor * (coeff * counts_E.numel())
 
 
 def load_balancing_loss(

@@ -48,7 +48,7 @@ class LayerWindow:
         counts_E, forwards = self._sum_GC[self.group.index].split([self.num_counts - 1, 1])
         # Every rank of TP x CP counted the micro-batches of its data-parallel rank.
         micro_batches = forwards[0].clamp(min=1) / self.group.model.size()
-        tokens = counts_E.sum(dtype=torch.float64) / self._topk / micro_batches
+        tokens = counts_E.sum(dtype=torch.float32) / self._topk / micro_batches
         self._per_token_gradient_E.copy_(score_gradient(tokens_per_expert=counts_E, num_tokens=1))
         self._gradient_E.copy_(score_gradient(tokens_per_expert=counts_E, num_tokens=tokens))
 
