@@ -4,12 +4,9 @@ The forward of a micro-batch counts which experts its tokens selected and starts
 backward asks for f. That late, the balance batch of scope `global` holds every micro-batch whose forward has run: under
 pipeline parallelism these are more than the ones before it, which is why f is not read in the forward.
 
-Counts are plain integer tensors outside of any module: no cast of the model to bf16 reaches them, no checkpoint of the model
-holds them. They are added to in `LayerBalance.count` and reset in `LayerBalance.reset`, nowhere else. Every valid token selects
-top-k experts, so the counts hold the number of tokens, too.
-
-Recompute: of the two forwards of a recomputed layer the first one is counted, the second one takes that up (passes.py).
-CUDA graphs: a replayed graph runs no Python, so under capture everything goes into tensors that live as long as the layer.
+Counts are integer tensors outside of any module, which no cast of the model to bf16 reaches. Every valid token selects top-k
+experts, so the counts hold the number of tokens, too. Of the two forwards of a recomputed layer the first one is counted, the
+second one takes that up (passes.py). A replayed CUDA graph runs no Python: what it counts is added inside of it.
 
 Shape suffixes: T tokens on this rank, E experts, C = E + 1 counts: selections per expert, and micro-batches.
 """
@@ -123,14 +120,12 @@ class MicroBatch:
             self.layer.score_sums += summed_scores
 
     def score_gradient(self, *, per_token: bool) -> Tensor:
-        """Gradient of the loss with respect to the scores of any token on this rank; called in the backward.
+        """[E] gradient of the loss with respect to the scores of any token on this rank, in units in which the mean over
+        data-parallel ranks is the loss' gradient; called in the backward.
 
         Args:
             per_token: the schedule divides every gradient by the step's tokens afterwards (`--calculate-per-token-loss`),
                 so p must not be divided here.
-
-        Returns:
-            [E], in units in which the mean over data-parallel ranks is the loss' gradient.
         """
         layer = self.layer
         if layer.window is not None:
