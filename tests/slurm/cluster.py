@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 import shutil
 import signal
 import socket
@@ -118,10 +119,11 @@ class Cluster:
             if process not in {daemon.pid for daemon in self.daemons}:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(process, signal.SIGKILL)
-        for daemon in reversed(self.daemons):  # munged last
+        # The controller first (it would wait for nodes that are gone), munged, which all of them need, last.
+        for daemon in self.daemons[1:] + self.daemons[:1]:
             daemon.terminate()
             try:
-                daemon.wait(3)
+                daemon.wait(1)  # slurmctld takes ten seconds to save a state that nobody needs
             except subprocess.TimeoutExpired:
                 daemon.kill()
                 daemon.wait()
@@ -163,15 +165,14 @@ ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "BOOT_FAIL"
 
 
 def free_ports(number: int) -> list[int]:
-    """Ports nobody listens on."""
-    sockets = [socket.socket() for _ in range(number)]
-    try:
-        for one in sockets:
-            one.bind(("", 0))
-        return [one.getsockname()[1] for one in sockets]
-    finally:
-        for one in sockets:
-            one.close()
+    """Ports nobody listens on, below those that Linux gives to outgoing connections (else one of these may take it)."""
+    ports: list[int] = []
+    while len(ports) < number:
+        port = random.randrange(10_000, 32_000)
+        with socket.socket() as one, contextlib.suppress(OSError):
+            one.bind(("", port))
+            ports.append(port)
+    return ports
 
 
 def processes(**environment: str) -> list[int]:

@@ -108,3 +108,16 @@ def test_gives_up_without_progress(cluster, tmp_path):
     assert "2 attempts in a row without a new checkpoint: not requeued" in text
     logs = "".join(log.read_text() for log in (tmp_path / "run" / "logs").glob("*node0*.log"))
     assert logs.count("it fails here") == 2
+
+
+def test_a_failed_node_ends_the_others(cluster, tmp_path):
+    """The first node waits without hearing any signal, as ranks in a collective do whose peer is gone."""
+    script = tmp_path / "waits.sh"
+    script.write_text("#!/usr/bin/env bash\n[[ $NODE_RANK == 1 ]] && exit 3\ntrap '' TERM\nexec sleep 600\n")
+    environment = {"RUN_DIR": f"{tmp_path}/run", "MAX_ATTEMPTS": "1"}
+    output = f"--output={tmp_path}/job.out"
+    number = cluster.submit("--nodes=2", output, f"{FOLDER}/multi_node.sbatch", str(script), **environment)
+    job = cluster.wait(number, SECONDS)
+    text = (tmp_path / "job.out").read_text()
+    assert job["JobState"] == "FAILED" and job["Restarts"] == "0", text
+    assert "srun: error: n2: task 1: Exited with exit code 3" in text
