@@ -64,7 +64,8 @@ class Latency:
         """Every all-reduce of this process while inside; the schedule's forward is recognised by `forward_step`."""
         from megatron.core.pipeline_parallel import schedules
 
-        originals = {name: getattr(dist.ProcessGroup, name) for name in METHODS}
+        # From the class' own table: what getattr gives has lost its binding and cannot be put back.
+        originals = {name: vars(dist.ProcessGroup)[name] for name in METHODS}
         forward_step = schedules.forward_step
 
         def forward(*args: Any, **kwargs: Any) -> Any:
@@ -75,7 +76,7 @@ class Latency:
                 self.in_forward = False
 
         for name, original in originals.items():
-            setattr(dist.ProcessGroup, name, self._delayed(original))
+            setattr(dist.ProcessGroup, name, self._delayed(original.__get__))
         schedules.forward_step = forward
         try:
             yield
@@ -84,9 +85,10 @@ class Latency:
             for name, original in originals.items():
                 setattr(dist.ProcessGroup, name, original)
 
-    def _delayed(self, original: Callable) -> Callable:
+    def _delayed(self, bind: Callable) -> Callable:
         def allreduce(group: dist.ProcessGroup, tensors: Any, options: Any = None) -> Any:
-            work = original(group, tensors, options) if options is not None else original(group, tensors)
+            original = bind(group, type(group))
+            work = original(tensors, options) if options is not None else original(tensors)
             if group.size() == 1:
                 return work
             each = [tensors] if isinstance(tensors, torch.Tensor) else tensors

@@ -90,7 +90,8 @@ class KeptBytes(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self._older: set[int] = set()
+        # References, not addresses: an address is used again once its storage is gone.
+        self._older: dict[int, StorageWeakRef] = {}
         self._seen: dict[int, tuple[StorageWeakRef, int]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -98,7 +99,7 @@ class KeptBytes(TorchDispatchMode):
         for tensor in _tensors((args, kwargs)):
             reference = StorageWeakRef(tensor.untyped_storage())
             if reference.cdata not in self._seen:
-                self._older.add(reference.cdata)
+                self._older[reference.cdata] = reference
         result = func(*args, **(kwargs or {}))
         for tensor in _tensors(result):
             storage = tensor.untyped_storage()
