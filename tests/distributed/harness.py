@@ -162,6 +162,11 @@ def _train(problem: Problem, layout: Layout, extra: dict[str, Any]):
                 with torch.no_grad():
                     for shard in shards:
                         wrapped(*shard)
+    for wrapped in model:
+        # Cycles through autograd's C++ nodes, which Python cannot collect, would keep the model and all its groups.
+        wrapped.grad_accs.clear()
+        for module in wrapped.modules():
+            vars(module).pop("token_dispatcher", None)
     rank, part, parts = _place(layout)
     assert parallel_state.get_data_parallel_world_size() == problem.dp
     return {"grads": grads, "place": (rank, part, parts), "selections": selected}
