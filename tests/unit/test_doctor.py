@@ -1,0 +1,135 @@
+"""`megatron-lbl doctor` as a user runs it, with and without Megatron; each case in a process of its own."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_global_lbl.defects import DEFECTS
+
+ROOT = Path(__file__).parents[2]
+
+
+def doctor(*arguments: str, path: Path | None = None) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(path or "")}
+    command = [sys.executable, "-c", "from megatron_global_lbl.command import main; raise SystemExit(main())", "doctor"]
+    command += arguments
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, cwd=ROOT)
+
+
+def entry(output: str, name: str) -> str:
+    """The text of an entry, its continuation lines joined."""
+    (found,) = re.findall(rf"^  {re.escape(name)} +(\S.*(?:\n {{22}}\S.*)*)", output, flags=re.MULTILINE)
+    return re.sub(r"\s+", " ", found)
+
+
+def fake_megatron(folder: Path, version: str | None) -> Path:
+    """A folder with a `megatron` package that hides the installed one; without `megatron.core` if version is None."""
+    (folder / "megatron").mkdir(parents=True)
+    (folder / "megatron" / "__init__.py").write_text("")
+    if version is not None:
+        (folder / "megatron" / "core").mkdir()
+        (folder / "megatron" / "core" / "__init__.py").write_text(f"__version__ = {version!r}\n")
+    return folder
+
+
+def test_installed_megatron():
+    result = doctor("--micro-batch-size", "8", "--global-batch-size", "256", "--data-parallel-size", "8")
+    output = result.stdout
+    assert result.returncode == 0, output + result.stderr
+    assert result.stderr == "", "Megatron's import warnings must not bury the findings"
+    assert re.fullmatch(r"\d+\.\d+\.\d+", entry(output, "version")), "without the commit that Megatron appends"
+    assert entry(output, "supported").startswith("yes")
+    assert entry(output, "megatron.training") == "there: the launcher works"
+    hooks = entry(output, "scope dp, global")
+    for symbol in (
+        "TopKRouter.routing",
+        "router.topk_routing_with_score_function",
+        "_allreduce_non_tensor_model_parallel_grads",
+    ):
+        assert symbol in hooks
+    assert "checkpointing.generate_state_dict" in entry(output, "scope window")
+    for defect in DEFECTS:
+        assert f"{defect.id} yes" in output
+    assert "scope global; f counted over 256 sequences: 8 dp ranks x 4 micro-batches x 8" in output
+    assert "scope window; f counted over 4096 sequences" in output
+
+
+def test_without_megatron(tmp_path):
+    # Beside it a package named apex that is not NVIDIA's, and a Transformer Engine that does not load.
+    fake_megatron(tmp_path, None)
+    for package in ("apex", "transformer_engine", "transformer_engine/pytorch"):
+        (tmp_path / package).mkdir()
+        (tmp_path / package / "__init__.py").write_text("")
+    (tmp_path / "transformer_engine" / "pytorch" / "__init__.py").write_text("raise ImportError('undefined symbol: nvte')")
+    result = doctor("--moe-lbl-scope", "dp", *sizes(8, 256, 8), path=tmp_path)
+    assert result.returncode == 1 and result.stderr == ""
+    assert entry(result.stdout, "version").startswith("NOT FOUND: no Megatron-Core found")
+    assert entry(result.stdout, "PyTorch") and entry(result.stdout, "GPU").startswith("none usable here")
+    assert "is an unrelated project of the same name" in entry(result.stdout, "NVIDIA Apex")
+    assert entry(result.stdout, "Transformer Engine").endswith("does not import: ImportError: undefined symbol: nvte")
+    assert "scope dp; f counted over 64 sequences: 8 dp ranks x 8" in result.stdout
+    assert "scope global" not in result.stdout
+
+
+def test_real_apex_is_told_from_the_other(tmp_path):
+    fake_megatron(tmp_path, None)
+    (tmp_path / "apex" / "optimizers").mkdir(parents=True)
+    assert "no amp_C" in entry(doctor(path=tmp_path).stdout, "NVIDIA Apex")
+    (tmp_path / "amp_C.py").write_text("")
+    assert "with its CUDA extensions" in entry(doctor(path=tmp_path).stdout, "NVIDIA Apex")
+
+
+@pytest.mark.parametrize(
+    "version, name, text",
+    [
+        ("0.13.1", "supported", "NO; supported: 0.14 to 0.19"),
+        ("0.20.0+abc1234", "supported", "NO; supported: 0.14 to 0.19"),
+        ("0.19.2", "scope global", "TopKRouter.routing is not where it should be"),
+    ],
+)
+def test_megatron_that_does_not_work(tmp_path, version, name, text):
+    result = doctor("--megatron", str(fake_megatron(tmp_path, version)))
+    assert result.returncode == 1
+    assert entry(result.stdout, "version") == version.split("+")[0]
+    assert text in entry(result.stdout, name)
+
+
+def sizes(micro: int, globally: int, data_parallel: int) -> list[str]:
+    numbers = {"micro-batch": micro, "global-batch": globally, "data-parallel": data_parallel}
+    return [word for name, number in numbers.items() for word in (f"--{name}-size", str(number))]
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--micro-batch-size", "8"], "--global-batch-size, --data-parallel-size: not given"),
+        (["--moe-lbl-scope", "dp"], "--micro-batch-size, --global-batch-size, --data-parallel-size: not given"),
+        (sizes(8, 100, 8), "--global-batch-size 100: not allowed; allowed: a multiple of"),
+        (sizes(0, 100, 8), "--micro-batch-size 0: not allowed; allowed: an integer >= 1"),
+        (["--moe-lbl-scope", "globl", *sizes(8, 256, 8)], "--moe-lbl-scope globl: unknown"),
+        (["--moe-lbl-scope", "dp", "--moe-lbl-group-size", "3", *sizes(8, 256, 8)], "--moe-lbl-group-size 3: not allowed"),
+        (["--megatron", "nowhere"], "--megatron nowhere: no megatron/core there"),
+    ],
+)
+def test_bad_arguments(arguments, message):
+    result = doctor(*arguments)
+    assert result.returncode == 2 and result.stdout == ""
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("megatron-lbl doctor: error: ") and message in line
+
+
+def test_the_page_has_the_same_table():
+    page = (ROOT / "docs" / "upstream.md").read_text(encoding="utf-8")
+    for defect in DEFECTS:
+        script = ROOT / "benchmarks" / "upstream" / defect.script
+        assert f"| {defect.id} | {defect.text} |" in page
+        assert f"benchmarks/upstream/{defect.script}" in page and script.is_file()
+        for thread in defect.threads:
+            number = thread.split("#")[1]
+            assert f"#{number}" in page and f"#{number}" in script.read_text(encoding="utf-8")
