@@ -11,8 +11,8 @@ losses in turns, so that a drift of the machine meets all alike:
 
 A ratio is taken within a round, and the median over rounds is reported with its 95 % confidence interval (from the ranks of
 the sorted ratios, nothing assumed). `aux_loss (again)` is the same thing measured twice: what the machine can tell apart. The
-ratio of CPU times (of rank 0, all threads) hardly depends on what else the machine does; it shows the work that a loss adds, but
-no waiting. How latency is injected: latency.py.
+ratio of CPU times (of rank 0, all threads) hardly depends on what else the machine does; it shows the work that a loss adds,
+but no waiting. How latency is injected: latency.py.
 
 Arguments after `--` go to Megatron and override the model below.
 """
@@ -218,7 +218,7 @@ def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cpu", action="store_true", help="gloo and the CPU instead of NCCL and GPUs")
     parser.add_argument("--latency", nargs="+", type=float, default=[0.0, 1.0, 5.0], help="injected per all-reduce, ms")
-    parser.add_argument("--rounds", type=int, default=20, help="visits of every loss per latency, >= 5")
+    parser.add_argument("--rounds", type=int, default=15, help="visits of every loss per latency, >= 5")
     parser.add_argument("--steps", type=int, default=2, help="timed steps per visit")
     parser.add_argument("--micro-batches", type=int, default=2)
     parser.add_argument("--losses", nargs="+", choices=LOSSES, default=LOSSES, metavar="LOSS")
