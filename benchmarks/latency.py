@@ -33,13 +33,15 @@ class Reduced:
         started: phase in which it was started.
         payload: bytes.
         waited: phase in which it was first waited for.
-        seconds: how long the host waited (on NCCL it never does: the stream waits).
+        seconds: how long the host waited, for the other rank too (on NCCL it never does: the stream waits).
+        exposed: the part of it that was the injected latency alone, all ranks having arrived.
     """
 
     started: str
     payload: int
     waited: str | None = None
     seconds: float = 0.0
+    exposed: float = 0.0
 
 
 @dataclass
@@ -143,7 +145,9 @@ class _OnCpu:
         begin = time.perf_counter()
         self._work.wait()
         self._known.wait()
-        time.sleep(max(0.0, self._done_at - time.perf_counter()))
+        left = max(0.0, self._done_at - time.perf_counter())
+        time.sleep(left)
+        self._entry.exposed += left
         if self._entry.waited is None:
             self._entry.waited = self._latency.phase()
         self._entry.seconds += time.perf_counter() - begin

@@ -190,7 +190,7 @@ def interval_of_median(numbers: list[float]) -> tuple[float, float]:
 def report(clock: Clock, latencies: list[float], losses: list[str]) -> str:
     """One Markdown table per latency."""
     head = ["loss", "step, ms", "ratio", "95 %", "CPU time, ratio", "95 %", "all-reduces more", "bytes more"]
-    head += ["waited for in the forward", "in the backward", "waiting in them, ms"]
+    head += ["waited for in the forward", "in the backward", "latency exposed in them, ms"]
     parts = []
     for latency in latencies:
         rows = []
@@ -206,7 +206,7 @@ def report(clock: Clock, latencies: list[float], losses: list[str]) -> str:
             row.append(f"{len(reduced) - len(reference)}")
             row.append(f"{sum(entry.payload for entry in reduced) - sum(entry.payload for entry in reference)}")
             row += [f"{sum(entry.waited == phase for entry in reduced)}" for phase in (FORWARD, BACKWARD)]
-            row.append(f"{sum(entry.seconds for entry in reduced if entry.waited in (FORWARD, BACKWARD)) * 1000:.1f}")
+            row.append(f"{sum(entry.exposed for entry in reduced if entry.waited in (FORWARD, BACKWARD)) * 1000:.1f}")
             rows.append(row)
         parts.append(f"### {latency * 1000:g} ms per all-reduce\n\n{table(head, rows)}\n")
     return "\n".join(parts)
