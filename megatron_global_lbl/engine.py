@@ -36,6 +36,11 @@ class Engine:
         self._counted = False
         self._routers_without_loss = False
 
+    @property
+    def has_counted(self) -> bool:
+        """Whether a router has reported since the last step; a replayed CUDA graph counts without reporting."""
+        return self._counted or any(layer.captured for layer in self._layers.values())
+
     def replaces_loss(self, iteration: int | None) -> bool:
         """Whether Megatron's own auxiliary loss is replaced in the iteration (0-based; None: count completed steps)."""
         if self.settings.scope is Scope.MICRO:
@@ -137,7 +142,7 @@ class Engine:
             ConfigError: the step's routers had no auxiliary loss to act on, or forwards that were counted were not trained on.
         """
         captured = any(layer.captured for layer in self._layers.values())
-        if not self._counted and not captured:
+        if not self.has_counted:
             if self._routers_without_loss:
                 raise ConfigError(
                     f"--moe-lbl-scope {self.settings.scope.value} has nothing to act on: no router of this step has "

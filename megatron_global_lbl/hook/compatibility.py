@@ -109,6 +109,13 @@ def refuse_unsupported_config(config) -> None:
         raise ConfigError("--moe-lbl-scope is not supported with full_iteration CUDA graphs; allowed: CUDA graphs of layers")
 
 
+def has_routers(model: list) -> bool:
+    """Whether the model chunks have MoE routers that train."""
+    from megatron.core.transformer.moe.router import TopKRouter
+
+    return any(isinstance(module, TopKRouter) and module.training for chunk in model for module in chunk.modules())
+
+
 def refuse_unsupported_model(model: list) -> None:
     """
     Args:

@@ -48,6 +48,11 @@ class Patches:
         """Dotted paths of what is replaced."""
         return [path for path, *_ in self._installed]
 
+    @property
+    def lost(self) -> list[str]:
+        """Dotted paths of what somebody else has replaced since."""
+        return [path for path, owner, name, _, replacement in self._installed if vars(owner)[name] is not replacement]
+
     def restore(self) -> None:
         """Put every original back, the latest first.
 

@@ -15,6 +15,7 @@ import sys
 from megatron_global_lbl.engine import Engine
 from megatron_global_lbl.hook import compatibility
 from megatron_global_lbl.hook.patching import Patches
+from megatron_global_lbl.settings import ConfigError
 
 FINALIZE = "megatron.core.distributed.finalize_model_grads"
 
@@ -25,6 +26,11 @@ def install(patches: Patches, engine: Engine) -> None:
     def wrap_end(original):
         def allreduce_non_tensor_model_parallel_grads(model, *args, **kwargs):
             compatibility.refuse_unsupported_model(model)
+            if not engine.has_counted and patches.lost and compatibility.has_routers(model):
+                raise ConfigError(
+                    f"no router of this step reported to --moe-lbl-scope: {', '.join(patches.lost)} was replaced after "
+                    "`register`; allowed: register after whatever replaces it"
+                )
             engine.end_step(current_iteration())
             return original(model, *args, **kwargs)
 

@@ -82,3 +82,25 @@ def fully_sharded(problem, layout, register):
 def test_megatron_fsdp(workers):
     with pytest.raises(CaseFailed, match="FullyShardedDataParallel .* yet; allowed: Megatron's DDP"):
         workers.run(fully_sharded, 1, Problem("global", 1, 1), Layout(), {"scope": "global"})
+
+
+def routing_replaced_since(problem, layout, register):
+    """As a framework's own patch does it: without calling what was there."""
+    from megatron.core.transformer.moe.router import TopKRouter
+
+    original, build = TopKRouter.routing, harness.build
+
+    def build_and_replace(*arguments):
+        TopKRouter.routing = original
+        return build(*arguments)
+
+    harness.build = build_and_replace
+    try:
+        return harness.run(problem, layout, register)
+    finally:
+        harness.build = build
+
+
+def test_a_router_that_somebody_else_replaced_since(workers):
+    with pytest.raises(CaseFailed, match=r"no router of this step reported .*TopKRouter.routing was replaced after"):
+        workers.run(routing_replaced_since, 1, Problem("global", 1, 1), Layout(), {"scope": "global"})
