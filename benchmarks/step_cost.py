@@ -219,7 +219,7 @@ def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--cpu", action="store_true", help="gloo and the CPU instead of NCCL and GPUs")
     parser.add_argument("--latency", nargs="+", type=float, default=[0.0, 1.0, 5.0], help="injected per all-reduce, ms")
     parser.add_argument("--rounds", type=int, default=15, help="visits of every loss per latency, >= 5")
-    parser.add_argument("--steps", type=int, default=2, help="timed steps per visit")
+    parser.add_argument("--steps", type=int, default=2, help="timed steps per visit; window's wait shows from 2 on")
     parser.add_argument("--micro-batches", type=int, default=2)
     parser.add_argument("--losses", nargs="+", choices=LOSSES, default=LOSSES, metavar="LOSS")
     parser.add_argument("--out", type=Path, help="write the report to this file as well")
