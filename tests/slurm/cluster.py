@@ -175,22 +175,25 @@ def free_ports(number: int) -> list[int]:
     return ports
 
 
+def variables(process: int) -> set[bytes]:
+    """The environment that a process was started with, as NAME=value; empty if it has ended."""
+    try:
+        return set(Path(f"/proc/{process}/environ").read_bytes().split(b"\0"))
+    except OSError:
+        return set()
+
+
 def processes(**environment: str) -> list[int]:
     """Processes of this machine that have all of these variables in their environment."""
     wanted = {f"{name}={value}".encode() for name, value in environment.items()}
-    found = []
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            if wanted <= set((folder / "environ").read_bytes().split(b"\0")):
-                found.append(int(folder.name))
-        except OSError:  # ended meanwhile
-            pass
-    return found
+    return [int(folder.name) for folder in Path("/proc").glob("[0-9]*") if wanted <= variables(int(folder.name))]
 
 
-def parent(process: int) -> int:
-    """The parent's number; 0 if the process has ended."""
+def torchrun_of(process: int) -> int | None:
+    """The torchrun above a training process; None for the helpers that a training process starts, and for orphans."""
     try:
-        return int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1])
+        parent = int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1])
     except OSError:
-        return 0
+        return None
+    above = variables(parent)
+    return parent if above and not any(variable.startswith(b"RANK=") for variable in above) else None

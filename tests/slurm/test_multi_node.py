@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-from cluster import parent, processes, until
+from cluster import processes, torchrun_of, until
 from runs import LAUNCH_SCRIPT, SAVE_INTERVAL, STEPS, TRAINING, checkpoint, curve, steps_in_log, train_without_slurm
 
 JOB = "examples/slurm/multi_node.sbatch"
@@ -59,14 +59,14 @@ def disturbed(cluster, tmp_path_factory):
     try:
         step = SAVE_INTERVAL + 1
         until(lambda: step in steps_in_log(folder), "a step after the first checkpoint", PATIENCE_SECONDS, every=0.02)
-        # torchrun and the training processes on both nodes, without the helpers that saving started below these.
-        ranks = processes(SLURM_JOB_ID=number, RANK="0") + processes(SLURM_JOB_ID=number, RANK="1")
-        attempt = [process for process in processes(SLURM_JOB_ID=number) if parent(process) not in ranks]
-        (rank,) = set(attempt) & set(processes(SLURM_JOB_ID=number, SLURM_NODEID="1", RANK="1"))
+        ranks = {process: torchrun_of(process) for rank in "01" for process in processes(SLURM_JOB_ID=number, RANK=rank)}
+        attempt = {*(rank for rank, above in ranks.items() if above), *filter(None, ranks.values())}
+        (rank,) = attempt & set(processes(SLURM_JOB_ID=number, SLURM_NODEID="1", RANK="1"))
+        assert len(attempt) == 4, "torchrun and a training process on either node"
         os.kill(rank, signal.SIGKILL)
         run = Disturbed(folder, killed_after=checkpoint(folder))
         start = time.monotonic()
-        until(lambda: not set(attempt) & set(processes(SLURM_JOB_ID=number)), "the attempt ends on both nodes", 60, every=0.05)
+        until(lambda: not attempt & set(processes(SLURM_JOB_ID=number)), "the attempt ends on both nodes", 60, every=0.05)
         run.seconds_to_end = time.monotonic() - start
 
         # The second attempt, once it has trained on from the checkpoint: what SLURM does before the time limit.
