@@ -8,7 +8,8 @@
 Megatron's real `TopKRouter` of a bf16 model runs forward and backward, without any loss ("none"), with Megatron's own and
 with this plugin's; what "none" needs is subtracted everywhere. Measured are
 
-    launches   kernels forward, backward and at the end of a step. Without a GPU: ATen operators (see launches.py)
+    launches   kernels forward, backward and at the end of a step (a layer's share of 8 layers). Without a GPU: ATen
+               operators (see launches.py)
     traffic    bytes that those operators read and write: what a GPU's time follows once the tensors are large
     host waits operators for which the host waits for the device
     kept       bytes held from the forward to the backward, saved tensors and attributes alike
@@ -37,12 +38,13 @@ from report import machine, table
 from routers import BASELINE, VARIANTS, build, end_of_step, micro_batch, start, stop
 
 WARM_UP_STEPS = 2
+LAYERS = 8  # the plugin ends a step for all layers at once
 COUNTED_TOKENS = (96, 192)  # launches do not depend on the tokens; kept bytes are a line through these two
 
 
 @dataclass(frozen=True)
 class Counts:
-    """What one variant does per layer; launches of a forward, of its backward, and of the end of a step."""
+    """What one variant does per layer; launches of a forward, of its backward, and of the end of a step of `LAYERS` layers."""
 
     forward: list[Op]
     backward: list[Op]
@@ -60,21 +62,22 @@ class Counts:
 def count(model: str, variant: str, *, tokens: int, router_dtype: str | None) -> Counts:
     """Counts of one layer and micro-batch, everything included; subtract those of the variant "none"."""
     size = MODELS[model]
-    router = build(size, VARIANTS[variant], router_dtype)
+    routers = [build(size, VARIANTS[variant], router_dtype) for _ in range(LAYERS)]
+    router = routers[0]
     hidden, gradient = micro_batch(size, tokens)
 
-    def forward():
-        probs, routing_map = router(hidden)
-        return probs, routing_map, gradient.to(probs.dtype)
+    def one_micro_batch():
+        for layer in routers:
+            probs, _ = layer(hidden)
+            probs.backward(gradient.to(probs.dtype))
+        return gradient.to(probs.dtype)
 
     with VARIANTS[variant].active():
         for _ in range(WARM_UP_STEPS):
-            probs, _, probs_gradient = forward()
-            probs.backward(probs_gradient)
-            end_of_step(router)
+            one_micro_batch()
+            end_of_step(*routers)
         # Counted is a step's second micro-batch: the first one may find things that have to be set up.
-        probs, _, probs_gradient = forward()
-        probs.backward(probs_gradient)
+        probs_gradient = one_micro_batch()
         in_forward, in_backward, at_end, kept = Launches(), Launches(), Launches(), KeptBytes()
         with in_forward:
             probs, routing_map = router(hidden)
@@ -86,7 +89,7 @@ def count(model: str, variant: str, *, tokens: int, router_dtype: str | None) ->
             kept_in_forward = kept.alive(without=[probs, routing_map])
         probs.backward(probs_gradient)
         with at_end:
-            end_of_step(router)
+            end_of_step(*routers)
     everywhere = (in_forward, in_backward, at_end)
     return Counts(
         in_forward.ops,
@@ -193,7 +196,7 @@ def report_counts(model: str, variants: Sequence[str], router_dtype: str | None,
                 len(forward),
                 len(backward),
                 len(forward) + len(backward),
-                len(counts.step_end),
+                f"{len(counts.step_end) / LAYERS:g}",
                 len(counts.collectives),
                 len(counts.host_waits),
                 f"{(counts.traffic - baseline.traffic) / tokens:.0f}",
@@ -202,7 +205,7 @@ def report_counts(model: str, variants: Sequence[str], router_dtype: str | None,
             ]
         )
         if list_ops:
-            parts = {"forward": forward, "backward": backward, "end of step": counts.step_end}
+            parts = {"forward": forward, "backward": backward, f"end of step of {LAYERS} layers": counts.step_end}
             details += [f"{name}, {part}: " + "; ".join(map(str, ops)) for part, ops in parts.items()]
     head = ["loss", "forward", "backward", "sum", "step end", "collectives", "host waits"]
     head += ["traffic, B/token", "kept, B", "B/token at T = 4096"]

@@ -132,9 +132,10 @@ def micro_batch(model: ModelSize, tokens: int) -> tuple[Tensor, Tensor]:
     return hidden.requires_grad_(), gradient
 
 
-def end_of_step(router) -> None:
+def end_of_step(*routers) -> None:
     """What happens once per step for these losses: the plugin's step end, upstream's reset."""
     import megatron_global_lbl as lbl
 
     lbl.end_step()
-    router.reset_global_aux_loss_tracker()
+    for router in routers:
+        router.reset_global_aux_loss_tracker()

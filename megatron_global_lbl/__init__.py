@@ -4,10 +4,38 @@ Importing this package patches nothing; `register` (or the flag `--moe-lbl-scope
 Read `balance.py` first: the main idea is there.
 """
 
-from megatron_global_lbl.hook.versions import UnsupportedMegatron
-from megatron_global_lbl.loss import load_balancing_loss
-from megatron_global_lbl.registry import Handle, end_step, register, registered
-from megatron_global_lbl.settings import ConfigError, Scope
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from megatron_global_lbl.hook.versions import UnsupportedMegatron
+    from megatron_global_lbl.loss import load_balancing_loss
+    from megatron_global_lbl.registry import Handle, end_step, register, registered
+    from megatron_global_lbl.settings import ConfigError, Scope
 
 __version__ = "0.1.0"
 __all__ = ["ConfigError", "Handle", "Scope", "UnsupportedMegatron", "end_step", "load_balancing_loss", "register", "registered"]
+
+# Imported when asked for: `megatron-lbl patch` must run where there is no PyTorch, on a login node for example.
+_MODULES = {
+    "ConfigError": "settings",
+    "Handle": "registry",
+    "Scope": "settings",
+    "UnsupportedMegatron": "hook.versions",
+    "end_step": "registry",
+    "load_balancing_loss": "loss",
+    "register": "registry",
+    "registered": "registry",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

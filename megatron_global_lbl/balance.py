@@ -7,7 +7,7 @@ pipeline parallelism these are more than the ones before it, which is why f is n
 Counts are integer tensors outside of any module, which no cast of the model to bf16 reaches. Every valid token selects top-k
 experts, so the counts hold the number of tokens, too. Of the two forwards of a recomputed layer the first one is counted, the
 second one takes that up (passes.py). A replayed CUDA graph runs no Python: what it counts is added inside of it.
-Shape suffixes: T tokens on this rank, E experts, C = E + 1 counts: selections per expert, and micro-batches.
+Shape suffixes: T tokens on this rank, E experts, C = E + 1 counts (selections per expert, and micro-batches).
 """
 
 from __future__ import annotations
@@ -83,22 +83,11 @@ class LayerBalance:
         self.started.clear()
         return self.step_counts
 
-    def step_loss(self) -> Tensor:
-        """For the log: alpha = 1, times the micro-batches; sum over TP x CP and mean over dp ranks give the layer's LBL."""
-        if self.settings.scope is Scope.DP:
-            return self.score_sums.sum()  # multiplied by f already, which differs over micro-batches
-        if self.window is not None:
-            return (self.window.score_gradient(per_token=False) * self.score_sums).sum()
-        # With the f of the whole step: not a mean over the beginnings of the global batch.
-        counts_E, micro_batches = self.counts_of_step().split([self.num_experts, 1])
-        tokens = counts_E.sum() / (self.topk * self.group.size)
-        return (score_gradient(tokens_per_expert=counts_E, num_tokens=tokens) * self.score_sums).sum() * micro_batches[0]
-
-    def reset(self) -> None:
-        """Forget the step: nothing stays under way and nothing stays counted."""
-        self.counts_of_step().zero_()
-        self.score_sums.zero_()
+    def forget(self) -> tuple[Tensor, Tensor]:
+        """Leave nothing under way; gives the two tensors to be zeroed, which the engine does for all layers at once."""
+        self.counts_of_step()
         self.ahead.clear()
+        return self.step_counts, self.score_sums
 
 
 @dataclass

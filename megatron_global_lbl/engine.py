@@ -1,7 +1,7 @@
 """What one registration does in the course of a training step; knows no symbol of Megatron.
 
-The hook tells it of every router forward (`route`), of the end of a step (`end_step`) and of a step that was not one
-(`discard`: warm-up of CUDA graphs). It owns the layers' counts and the window.
+The hook tells it of every router forward (`route`), of the end of a step (`end_step`), of a step that was not one (`discard`:
+warm-up of CUDA graphs) and of one that did not count (`repeat_step`). It owns the layers' counts and the window.
 """
 
 from __future__ import annotations
@@ -10,12 +10,16 @@ from collections.abc import Callable
 from dataclasses import replace
 from weakref import WeakKeyDictionary
 
+import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from megatron_global_lbl.attach import attach_loss
 from megatron_global_lbl.balance import LayerBalance
 from megatron_global_lbl.collective import BalanceGroup, is_capturing
+from megatron_global_lbl.defects import takeover_notice
 from megatron_global_lbl.facts import RouterFacts
+from megatron_global_lbl.logged_loss import step_losses
 from megatron_global_lbl.passes import Pass
 from megatron_global_lbl.record import BalanceRecord
 from megatron_global_lbl.settings import ConfigError, Scope, Settings, Sync
@@ -30,6 +34,7 @@ class Engine:
         self.window = Window(settings.window_steps) if settings.window_steps is not None else None
         self.record = BalanceRecord(settings) if settings.metrics_dir is not None else None
         self.steps_completed = 0
+        self.takeover_is_said = False
         self._layers: WeakKeyDictionary[nn.Module, LayerBalance] = WeakKeyDictionary()
         self._facts: WeakKeyDictionary[nn.Module, RouterFacts | None] = WeakKeyDictionary()
         self._groups: dict[tuple[int, int], BalanceGroup] = {}
@@ -112,6 +117,7 @@ class Engine:
             found = find()
             if found is not None:
                 self._refuse_unclear_order(found)
+                self._say_takeover(found)
                 found = replace(found, key=self._free_key(found.key))
             self._facts[router] = found
         self._routers_without_loss |= self._facts[router] is None
@@ -135,6 +141,13 @@ class Engine:
                 "recomputation; allowed: --moe-lbl-scope global or window, or no --recompute-granularity"
             )
 
+    def _say_takeover(self, facts: RouterFacts) -> None:
+        if self.takeover_is_said or facts.loss_type != "global_aux_loss" or self.settings.scope is Scope.MICRO:
+            return
+        self.takeover_is_said = True
+        if dist.get_rank() == min(dist.get_process_group_ranks(facts.stage)):
+            print(f"> moe-lbl: {takeover_notice(facts.stage.size() // facts.model.size())}", flush=True)
+
     def end_step(self, iteration: int | None) -> None:
         """The optimizer step's backward passes are over: log, feed the window, forget the counts.
 
@@ -152,10 +165,7 @@ class Engine:
         for layer in self._layers.values():
             layer.ahead.check()
         if self.replaces_loss(iteration):
-            for router, layer in self._layers.items():
-                facts = self._facts[router]
-                assert facts is not None
-                facts.log(layer.step_loss())
+            self._log()
         if self.window is not None:
             counts = [(layer.window, layer.step_counts) for layer in self._layers.values() if layer.window is not None]
             self.window.step_completed(counts, blocking=self.settings.sync is Sync.BLOCKING)
@@ -172,10 +182,33 @@ class Engine:
         if self.record is not None:
             self.record.reset()
 
+    def repeat_step(self) -> None:
+        """The step that ended last is run again, or a checkpoint goes back before it."""
+        self.discard()
+        if self.window is not None:
+            self.window.forget_newest()
+
+    def close(self) -> None:
+        """Leave nothing under way."""
+        self.discard()
+        if self.window is not None:
+            self.window.settle()
+
     def _forget_step(self) -> None:
-        for layer in self._layers.values():
-            layer.reset()
+        # Two launches for all layers: one per dtype.
+        for tensors in zip(*(layer.forget() for layer in self._layers.values())):
+            torch._foreach_zero_(tensors)
         self._counted = False
+
+    def _log(self) -> None:
+        alike: dict[tuple, list[tuple[RouterFacts, LayerBalance]]] = {}
+        for router, layer in self._layers.items():
+            facts = self._facts[router]
+            assert facts is not None
+            alike.setdefault((layer.num_experts, layer.topk, id(layer.group)), []).append((facts, layer))
+        for pairs in alike.values():
+            for (facts, _), loss in zip(pairs, step_losses([layer for _, layer in pairs])):
+                facts.log(loss)
 
     def _new_layer(self, facts: RouterFacts, selection: Tensor) -> LayerBalance:
         group = self._groups.get((id(facts.stage), id(facts.model)))

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 import time
+from pathlib import Path
 
 from megatron_global_lbl import registry
+from megatron_global_lbl.defects import takeover_notice
 from megatron_global_lbl.settings import DEFAULT_WINDOW_STEPS, ConfigError, Scope, Settings, flag
 
 GROUP = "mixture-of-experts load-balancing loss"
@@ -29,9 +32,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """
     if "--moe-lbl-scope" in parser._option_string_actions:
         return parser
-    if _given() and any(argument.split("=")[0] == "--yaml-cfg" for argument in sys.argv):
+    dropped = [*_given(), *_keys_of(_yaml_file())]
+    if dropped and _yaml_file() is not None:
         _say_on_every_rank(
-            f"megatron_global_lbl: error: {_given()[0]} has no effect with --yaml-cfg, which replaces all arguments; allowed: "
+            f"megatron_global_lbl: error: {dropped[0]} has no effect with --yaml-cfg, which replaces all arguments; allowed: "
             "without it"
         )
         raise SystemExit(1)
@@ -113,12 +117,28 @@ def activate(args: argparse.Namespace) -> registry.Handle | None:
     if handle is not known and int(os.environ.get("RANK", "0")) == 0:
         for line in describe(args, settings):
             print(f"> moe-lbl: {line}", flush=True)
+    handle.takeover_is_said = True
     return handle
 
 
 def _given() -> list[str]:
     """The flags on the command line, which Megatron's parser always reads."""
     return [argument for argument in sys.argv if argument.startswith("--moe-lbl-")]
+
+
+def _yaml_file() -> str | None:
+    """The file of Megatron's `--yaml-cfg`, if it is given."""
+    for argument, following in zip(sys.argv, [*sys.argv[1:], ""]):
+        if argument == "--yaml-cfg" or argument.startswith("--yaml-cfg="):
+            return argument.partition("=")[2] or following
+    return None
+
+
+def _keys_of(yaml_file: str | None) -> list[str]:
+    """Keys of a YAML file that look like the flags, at any depth."""
+    if yaml_file is None or not Path(yaml_file).is_file():  # Megatron says that it is missing
+        return []
+    return re.findall(r"^\s*(moe_lbl_\w+)\s*:", Path(yaml_file).read_text(encoding="utf-8"), re.MULTILINE)
 
 
 def _say_on_every_rank(line: str) -> None:
@@ -162,11 +182,7 @@ def describe(args: argparse.Namespace, settings: Settings) -> list[str]:
     if settings.micro_coeff:
         lines.append(f"micro-batch loss added with coefficient {settings.micro_coeff:g}")
     if settings.scope is not Scope.MICRO and losses(args).get("global_aux_loss", 0):
-        dp = args.data_parallel_size
-        lines.append(
-            f"!! Megatron's global_aux_loss is taken over: its gradient is {dp} (the data-parallel size) times too weak, so "
-            f"the strength rises by a factor of {dp}. To keep the former strength divide --moe-aux-loss-coeff by {dp}."
-        )
+        lines.append(takeover_notice(args.data_parallel_size))
     if settings.metrics_dir:
         lines.append(f"balance record in {settings.metrics_dir}")
     return lines

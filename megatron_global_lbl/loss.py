@@ -37,18 +37,18 @@ def score_gradient(
     """d LBL / d s[t, i], the same for every token t.
 
     Args:
-        tokens_per_expert: [E] integer counts over the balance batch.
-        num_tokens: number of tokens that p is a mean over; a scalar tensor stays on its device.
+        tokens_per_expert: [..., E] integer counts over the balance batch, of one or several layers.
+        num_tokens: number of tokens that p is a mean over; a tensor ([..., 1] or a scalar) stays on its device.
         coeff: alpha.
         dtype: of the result, float32 or float64.
 
     Returns:
-        [E], alpha * E * f_i / num_tokens; zeros when nothing was counted.
+        [..., E], alpha * E * f_i / num_tokens; zeros when nothing was counted.
     """
-    counts_E = tokens_per_expert.detach()
+    counts = tokens_per_expert.detach()
     # In floating point: the product of two large integers would overflow. Integers divided by a float32 give float32.
-    divisor = (counts_E.sum(dtype=dtype) * num_tokens).clamp(min=1)
-    return counts_E / divisor * (coeff * counts_E.numel())
+    divisor = (counts.sum(dim=-1, keepdim=True, dtype=dtype) * num_tokens).clamp(min=1)
+    return counts / divisor * (coeff * counts.shape[-1])
 
 
 def load_balancing_loss(

@@ -6,7 +6,6 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from megatron_global_lbl.engine import Engine
 from megatron_global_lbl.settings import ConfigError, Scope, Settings
 
 _active: Handle | None = None
@@ -18,9 +17,12 @@ class Handle:
     Attributes:
         settings: what was registered, defaults filled in.
         hooked: dotted paths of the Megatron symbols that are replaced.
+        takeover_is_said: the user knows what taking over `global_aux_loss` changes; else the first rank of a stage says it.
     """
 
     def __init__(self, settings: Settings) -> None:
+        # Here, because the flags and `megatron-lbl patch` must work without PyTorch.
+        from megatron_global_lbl.engine import Engine
         from megatron_global_lbl.hook.patching import Patches
         from megatron_global_lbl.hook.versions import require_supported
 
@@ -37,10 +39,12 @@ class Handle:
     def _install(self) -> None:
         if self.settings.scope is Scope.MICRO and self.settings.metrics_dir is None:
             return  # Megatron as it is
-        from megatron_global_lbl.hook import checkpoint, router, step
+        from megatron_global_lbl.hook import checkpoint, rerun, router, step
 
         router.install(self._patches, self._engine)
         step.install(self._patches, self._engine)
+        if self._engine.window is not None:
+            rerun.install(self._patches, self._engine)
         # Megatron-Core can be used without the training loop whose checkpoints carry the window; see `state_dict`.
         if self._engine.window is not None and "megatron.training" in sys.modules:
             checkpoint.install(self._patches, self._engine)
@@ -48,6 +52,14 @@ class Handle:
     @property
     def hooked(self) -> list[str]:
         return self._patches.paths
+
+    @property
+    def takeover_is_said(self) -> bool:
+        return self._engine.takeover_is_said
+
+    @takeover_is_said.setter
+    def takeover_is_said(self, value: bool) -> None:
+        self._engine.takeover_is_said = value
 
     def remove(self) -> None:
         """Put back every symbol of Megatron; doing it again changes nothing.
@@ -59,7 +71,7 @@ class Handle:
         if _active is self:
             _active = None
         try:
-            self._engine.discard()
+            self._engine.close()
         finally:
             self._patches.restore()
 

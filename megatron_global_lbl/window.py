@@ -1,7 +1,8 @@
 """Scope `window`: f from the last W completed optimizer steps, one packed reduction per step for all layers.
 
-The sums are exact: each step's integer counts are kept, and the oldest are subtracted when they leave the window. Before
-the first step has completed f is uniform, whose gradient is zero.
+The sums are exact: each step's integer counts are kept, and the oldest are subtracted when they leave the window. One more
+step is kept, so that the newest can be taken back when Megatron runs an iteration again. Before the first step has completed
+f is uniform, whose gradient is zero.
 
 With `--moe-lbl-group-size` every rank keeps the counts of all groups of its stage (G rows): the one packed reduction over
 the stage fills them without a process group of its own, and a checkpoint written by any rank is complete.
@@ -33,18 +34,28 @@ class LayerWindow:
         self.num_counts = num_experts + 1
         self._topk = topk
         self._owner = owner
-        self._steps: deque[Tensor] = deque()
         self._max_steps = steps
+        self._steps: deque[Tensor] = deque(maxlen=steps + 1)
         self._sum_GC = torch.zeros(group.parts, self.num_counts, dtype=torch.int64, device=device)
         self._gradient_E = torch.zeros(num_experts, device=device)
         self._per_token_gradient_E = torch.zeros(num_experts, device=device)
 
     def push(self, counts_GC: Tensor) -> None:
         """Add a completed step; the oldest one leaves when the window is full."""
-        self._steps.append(counts_GC)
         self._sum_GC += counts_GC
-        if len(self._steps) > self._max_steps:
-            self._sum_GC -= self._steps.popleft()
+        if len(self._steps) >= self._max_steps:
+            self._sum_GC -= self._steps[-self._max_steps]
+        self._steps.append(counts_GC)
+        self._work_out()
+
+    def pop(self) -> None:
+        """Take the newest step back: the window is what it was before, but it cannot be done twice in a row."""
+        self._sum_GC -= self._steps.pop()
+        if len(self._steps) >= self._max_steps:
+            self._sum_GC += self._steps[-self._max_steps]
+        self._work_out()
+
+    def _work_out(self) -> None:
         counts_E, forwards = self._sum_GC[self.group.index].split([self.num_counts - 1, 1])
         # Every rank of TP x CP counted the micro-batches of its data-parallel rank.
         micro_batches = forwards[0].clamp(min=1) / self.group.model.size()
@@ -71,7 +82,7 @@ class LayerWindow:
         """[steps, G, C] int64 on the CPU, oldest first."""
         if not self._steps:
             return torch.zeros(0, *self._sum_GC.shape, dtype=torch.int64)
-        return torch.stack(list(self._steps)).cpu()
+        return torch.stack(list(self._steps)[-self._max_steps :]).cpu()
 
     def load(self, state: Tensor) -> None:
         """Continue from `state()` of a run with the same experts and groups; more steps than W: the newest W.
@@ -95,6 +106,7 @@ class Window:
     def __init__(self, steps: int) -> None:
         self.steps = steps
         self._under_way: tuple[Reduction, list[LayerWindow]] | None = None
+        self._newest: list[LayerWindow] = []
         self._loaded: dict[str, Tensor] = {}
         self._layers: dict[str, LayerWindow] = {}
 
@@ -127,6 +139,14 @@ class Window:
         self._under_way = None
         for layer, counts_GC in zip(layers, reduction.wait().split([layer.num_counts for layer in layers], dim=1)):
             layer.push(counts_GC)
+        self._newest = layers
+
+    def forget_newest(self) -> None:
+        """Take the step that was completed last back: it is run again."""
+        self.settle()
+        for layer in self._newest:
+            layer.pop()
+        self._newest = []
 
     def state(self) -> dict[str, Tensor]:
         """What the window remembers, by layer key; includes what was loaded for layers not met yet."""

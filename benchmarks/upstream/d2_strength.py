@@ -17,7 +17,7 @@ from __future__ import annotations
 import sys
 
 import side_by_side
-from side_by_side import Comparison, Finding, Layout, Pool, Problem, compare, logged, true_values
+from side_by_side import Comparison, Finding, Layout, Pool, Problem, compare, logged, true_values, worst_error
 
 
 def show(pool: Pool) -> Finding:
@@ -32,7 +32,9 @@ def show(pool: Pool) -> Finding:
         side_by_side.defect("D2"),
         upstream_off=any(comparisons[dp].upstream_is_off for dp in (2, 4)),
         plugin_right=all(comparison.plugin_is_right for comparison in comparisons.values()),
-        summary="strength " + ", ".join(f"{value:.2f} at dp {dp}" for dp, value in weak.items()) + "; plugin 1.00",
+        summary="strength "
+        + ", ".join(f"{value:.2f} at dp {dp}" for dp, value in weak.items())
+        + f"; {worst_error(comparisons.values())}",
         header=("layout", *Comparison.HEADER, "its loss by the formula", "what it logs"),
         rows=rows,
     )

@@ -66,7 +66,9 @@ def show(pool: Pool) -> Finding:
         what = {"ragged": "uneven lengths", "uneven": "uneven padding"}[masks]
         for text, value in (("gradient, strength", "upstream"), ("gradient, direction off by", "upstream_direction")):
             number = getattr(comparison, value)
-            true, plugin_cell = ("1.00", f"{comparison.plugin:.2f}") if value == "upstream" else ("0%", "0.0%")
+            true, plugin_cell = (
+                ("1.00", f"{comparison.plugin:.2f}") if value == "upstream" else ("0%", f"{comparison.plugin_direction:.1%}")
+            )
             rows.append(
                 (f"{what}, dp 2: {text}", true, f"{number:.2f}" if value == "upstream" else f"{number:.1%}", plugin_cell)
             )
@@ -75,7 +77,10 @@ def show(pool: Pool) -> Finding:
         side_by_side.defect("D3"),
         upstream_off=upstream_off,
         plugin_right=plugin_right,
-        summary="sum of f " + ", ".join(f"{s:.2f}" for s in sums) + f" for {', '.join(map(str, TOKENS))} tokens; plugin 1.00",
+        summary="sum of f "
+        + ", ".join(f"{s:.2f}" for s in sums)
+        + f" for {', '.join(map(str, TOKENS))} tokens; plugin "
+        + ", ".join(f"{plugin[0]:.2f}" for plugin in over_micro_batches[1]),
         header=("case", "truth", "upstream", "plugin"),
         rows=rows,
         notes=["the plugin's gradient is compared with the truth as a vector: relative error <= 1e-5 in every case"],

@@ -20,7 +20,7 @@ import sys
 import side_by_side
 import torch
 import truth
-from side_by_side import Comparison, Finding, Layout, Pool, Problem, compare, main_grad, takes_padding_mask
+from side_by_side import Comparison, Finding, Layout, Pool, Problem, compare, main_grad, takes_padding_mask, worst_error
 
 LAYOUTS = (("dp 4", 4, Layout()), ("dp 2, tp 2", 2, Layout(tp=2)), ("dp 2, cp 2", 2, Layout(cp=2)))
 
@@ -50,7 +50,7 @@ def show(pool: Pool) -> Finding:
         side_by_side.defect("D5"),
         upstream_off=max(relative) / min(relative) > 1.2,
         plugin_right=all(c.plugin_is_right for c in comparisons),
-        summary=f"strength {min(strengths):.2f} to {max(strengths):.2f} on four ranks; plugin 1.00",
+        summary=f"strength {min(strengths):.2f} to {max(strengths):.2f} on four ranks; {worst_error(comparisons)}",
         header=("layout and flags", *Comparison.HEADER, "plain aux_loss, to its own truth"),
         rows=rows,
     )

@@ -15,7 +15,7 @@ from __future__ import annotations
 import sys
 
 import side_by_side
-from side_by_side import Finding, Pool, Problem, compare
+from side_by_side import Finding, Pool, Problem, compare, worst_error
 
 CASES = {
     "expert bias": {"bias": True, "moe_router_score_function": "sigmoid"},
@@ -48,7 +48,7 @@ def frequencies(scope: str | None, options: dict) -> tuple[list[float], list[int
 
 
 def show(pool: Pool) -> Finding:
-    rows, off, right, summary = [], False, True, []
+    rows, off, right, summary, comparisons = [], False, True, [], []
     for case, options in CASES.items():
         seen = {name: pool.run(frequencies, 1, scope, options)[0] for name, scope in (("up", None), ("plugin", "global"))}
         counts = seen["up"][1]
@@ -64,7 +64,15 @@ def show(pool: Pool) -> Finding:
             )
         )
         comparison = compare(pool, PROBLEMS[case])
-        rows.append((f"{case}: gradient, direction off by", "0%", f"{comparison.upstream_direction:.1%}", "0.0%"))
+        rows.append(
+            (
+                f"{case}: gradient, direction off by",
+                "0%",
+                f"{comparison.upstream_direction:.1%}",
+                f"{comparison.plugin_direction:.1%}",
+            )
+        )
+        comparisons.append(comparison)
         off |= wrong["up"] > side_by_side.OFF
         right &= wrong["plugin"] <= side_by_side.RELATIVE_ERROR and comparison.plugin_is_right
         summary.append(f"{case} {wrong['up']:.2f}")
@@ -72,7 +80,7 @@ def show(pool: Pool) -> Finding:
         side_by_side.defect("D6"),
         upstream_off=off,
         plugin_right=right,
-        summary="f off by up to: " + ", ".join(summary) + "; plugin exact",
+        summary="f off by up to: " + ", ".join(summary) + f"; {worst_error(comparisons)}",
         header=("case (one rank)", "truth", "upstream", "plugin"),
         rows=rows,
         notes=[

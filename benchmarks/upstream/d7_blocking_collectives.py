@@ -83,7 +83,7 @@ def show(pool: Pool) -> Finding:
         and not blocking["plugin, scope window"]
         and comparison.plugin_is_right,
         summary=f"{blocking['upstream global_aux_loss']} waits in the forward for {PROBLEM.layers} layers x "
-        f"{PROBLEM.micro_batches} micro-batches; plugin 0",
+        f"{PROBLEM.micro_batches} micro-batches; plugin {blocking['plugin, scope global']}",
         header=("2 layers x 3 micro-batches", "issued in the forward", "waited for there", "waited for later"),
         rows=[(name, *map(str, counted.values())) for name, counted in seen.items()],
         notes=["scope window starts its one packed reduction at the end of the step, outside of any forward"],

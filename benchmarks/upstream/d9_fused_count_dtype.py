@@ -53,7 +53,8 @@ def show(pool: Pool) -> Finding:
         side_by_side.defect("D9"),
         upstream_off="float" in seen,
         plugin_right=all(plugin == "not called" for _, plugin in kinds.values()) and comparison.plugin_is_right,
-        summary=f"{seen} handed over with{'' if masks[-1] else 'out'} a mask (the kernel itself: not run); plugin: none",
+        summary=f"{seen} handed over with{'' if masks[-1] else 'out'} a mask (the kernel itself: not run); plugin: "
+        f"{kinds[masks[-1]][1]}",
         header=("case", "what the kernel reads", "upstream hands over", "plugin"),
         rows=rows,
         notes=["the kernel was not run: it needs a GPU and Transformer Engine >= 2.18"],

@@ -13,7 +13,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -97,13 +97,14 @@ class Comparison:
     Attributes:
         upstream: norm over the truth's norm.
         upstream_direction: relative error once the norm is mended, 0 for a merely scaled gradient.
-        plugin: norm over the truth's norm.
+        plugin, plugin_direction: the same of the plugin's.
         plugin_error: relative error.
     """
 
     upstream: float
     upstream_direction: float
     plugin: float
+    plugin_direction: float
     plugin_error: float
 
     HEADER = ("truth", "upstream", "its direction off by", "plugin", "its relative error")
@@ -137,8 +138,14 @@ def compare(pool: Pool, problem: Problem, layout: Layout | None = None) -> Compa
         upstream=float(upstream.norm() / true.norm()),
         upstream_direction=float((upstream / upstream.norm() - true / true.norm()).norm()),
         plugin=float(plugin.norm() / true.norm()),
+        plugin_direction=float((plugin / plugin.norm() - true / true.norm()).norm()),
         plugin_error=float((plugin - true).norm() / true.norm()),
     )
+
+
+def worst_error(comparisons: Iterable[Comparison]) -> str:
+    """For a summary: how far the plugin's gradient is from the truth at most."""
+    return f"plugin's gradient off by {max(comparison.plugin_error for comparison in comparisons):.0e}"
 
 
 def main_grad(pool: Pool, problem: Problem, layout: Layout, register: dict[str, Any] | None, extra: dict) -> torch.Tensor:

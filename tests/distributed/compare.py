@@ -49,7 +49,7 @@ def check(
     low_precision = problem.dtype != "float32"
     expected = truth.gradients(problem, assembled_selections(problem, ranks) if low_precision else None)
     baseline = None if without is None else run_ranks(workers, problem, layout, None, **{**extra, **without})
-    compared = 0
+    compared = overflowed = 0
     for rank, result in enumerate(ranks):
         for step, by_layer in enumerate(result["grads"]):
             for number, pair in by_layer.items():
@@ -59,10 +59,14 @@ def check(
                         continue
                     if baseline is not None:
                         actual = actual - baseline[rank]["grads"][step][number][position]
+                    if step == layout.overflow_at:
+                        overflowed += not actual.isfinite().all()
+                        continue
                     where = f"rank {rank} step {step} layer {number} {name}"
                     (_compare_low_precision if low_precision else compare_exact)(actual, true, where)
                     compared += int(true.norm() > 0)
     assert compared >= problem.layers - len(problem.dense), "nothing but zero gradients was compared"
+    assert (overflowed > 0) == (layout.overflow_at is not None)
 
 
 def compare_exact(actual: torch.Tensor, true: torch.Tensor, where: str) -> None:

@@ -1,9 +1,12 @@
 import os
 import sys
+from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, os.path.dirname(__file__))
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+# Worker processes take this path over.
+sys.path[:0] = [os.path.dirname(__file__), str(BENCHMARKS), str(BENCHMARKS / "upstream")]
 
 
 @pytest.fixture(scope="session")

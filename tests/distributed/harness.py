@@ -5,6 +5,7 @@ Every rank returns the `main_grad` of its layers, step by step, and what its rou
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from typing import Any
 
@@ -129,27 +130,33 @@ def _train(problem: Problem, layout: Layout, extra: dict[str, Any]):
     from megatron.core import parallel_state
     from megatron.core.num_microbatches_calculator import unset_num_microbatches_calculator
     from megatron.core.pipeline_parallel import get_forward_backward_func
+    from megatron.core.rerun_state_machine import RerunMode, RerunStateMachine
 
     unset_num_microbatches_calculator()
     _forget_logged_losses()
     config, model, chunks = build(problem, layout, extra)
     selections = _record_selections(chunks)
     grads, selected = [], []
+    machine = RerunStateMachine(mode=RerunMode.VALIDATE_RESULTS)
     for step in range(problem.steps):
-        for wrapped, chunk in zip(model, chunks):
+        for chunk in chunks:
             chunk.load(weights(problem, step))
-            wrapped.zero_grad_buffer()
-            wrapped.train()
         shards = _my_shards(problem, layout, step)
-        get_forward_backward_func()(
-            forward_step_func=partial(_forward_step, problem),
-            data_iterator=[iter(shards) for _ in chunks] if layout.chunks > 1 else iter(shards),
-            model=model if layout.chunks > 1 else model[0],
-            num_microbatches=len(shards),
-            seq_length=problem.seq,
-            micro_batch_size=problem.batch,
-            forward_only=False,
-        )
+        while machine.should_run_forward_backward(None):
+            for wrapped in model:
+                wrapped.zero_grad_buffer()
+                wrapped.train()
+            get_forward_backward_func()(
+                forward_step_func=partial(_forward_step, problem, math.inf if step == layout.overflow_at else 0.0),
+                data_iterator=[iter(shards) for _ in chunks] if layout.chunks > 1 else iter(shards),
+                model=model if layout.chunks > 1 else model[0],
+                num_microbatches=len(shards),
+                seq_length=problem.seq,
+                micro_batch_size=problem.batch,
+                forward_only=False,
+            )
+            # What a loss that is not plausible makes Megatron do when it turns out to be reproducible.
+            machine.rerun_requested = machine.continue_requested = step == layout.rerun_at
         if layout.distributed_optimizer:
             _gather_shards(model)
         grads.append({block.number: _main_grads(block, layout) for chunk in chunks for block in chunk.blocks})
@@ -240,7 +247,8 @@ def _my_shards(problem: Problem, layout: Layout, step: int):
     return shards
 
 
-def _forward_step(problem: Problem, data_iterator, model):
+def _forward_step(problem: Problem, factor: float, data_iterator, model):
+    """The main loss is the output times `factor`: without a gradient, or overflowing."""
     x, padding = next(data_iterator)
     output = model(x, padding)
 
@@ -251,7 +259,7 @@ def _forward_step(problem: Problem, data_iterator, model):
             from megatron.core import parallel_state
 
             torch.distributed.all_reduce(tokens, group=parallel_state.get_tensor_model_parallel_group())
-            return output.float().sum() * 0.0, tokens.int(), {}
-        return output.float().sum() * 0.0, {}
+            return output.float().sum() * factor, tokens.int(), {}
+        return output.float().sum() * factor, {}
 
     return output, loss_func

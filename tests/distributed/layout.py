@@ -25,6 +25,8 @@ class Layout:
     recompute: str | None = None  # full | selective
     frozen: str | None = None  # router | below: parameters without gradient
     evaluate_between: bool = False
+    rerun_at: int | None = None  # the step whose forwards and backwards Megatron runs twice
+    overflow_at: int | None = None  # the step whose gradients are not finite
     config: dict[str, Any] = field(default_factory=dict, hash=False)  # more fields of TransformerConfig
 
     def world_size(self, problem: Problem) -> int:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+
+import harness
 import pytest
 from compare import check, register_arguments, run_ranks
 from layout import Layout
@@ -70,7 +74,34 @@ def test_evaluation_between_steps_counts_nothing(workers, scope):
     check(workers, Problem(scope, 2, 2, 3), Layout(evaluate_between=True))
 
 
+@pytest.mark.parametrize("scope", SCOPES)
+def test_a_skipped_step_leaves_nothing_behind(workers, scope):
+    """Its gradients are not finite, so the optimizer skips it; in a window its selections count as any step's."""
+    check(workers, Problem(scope, 2, 2, 3, window_steps=1, masks="uneven"), Layout(overflow_at=1))
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+def test_a_step_that_is_run_again_counts_once(workers, scope):
+    check(workers, Problem(scope, 2, 2, 5, window_steps=2, masks="uneven"), Layout(rerun_at=2))
+
+
 @pytest.mark.parametrize("scope", ["global", "window"])
 def test_upstreams_global_aux_loss_is_taken_over(workers, scope):
     """Same coefficient, same gradient as with `aux_loss`; upstream's own is `dp` times too weak."""
     check(workers, Problem(scope, 4, 2, 2), load_balancing_type="global_aux_loss")
+
+
+def what_is_printed(problem, layout, register, extra) -> str:
+    """In a worker: the standard output of a training."""
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output):
+        harness.run(problem, layout, register, extra)
+    return output.getvalue()
+
+
+def test_register_says_once_what_taking_over_changes(workers):
+    problem, extra = Problem("global", 2, 2, 2), {"load_balancing_type": "global_aux_loss"}
+    printed = workers.run(what_is_printed, 2, problem, Layout(), {"scope": "global"}, extra)
+    assert printed[0].count("global_aux_loss is taken over") == 1 and "rises by a factor of 2" in printed[0]
+    assert printed[1] == ""
+    assert workers.run(what_is_printed, 1, Problem("global", 1, 2), Layout(), {"scope": "global"}, {}) == [""]

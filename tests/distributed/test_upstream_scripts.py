@@ -9,17 +9,11 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+import run_all
 
-UPSTREAM = Path(__file__).parents[2] / "benchmarks" / "upstream"
-# At import, so that the worker processes, whenever they start, find the scripts' functions.
-sys.path.insert(0, str(UPSTREAM))
-
-import run_all  # noqa: E402
-
-from megatron_global_lbl.defects import DEFECTS  # noqa: E402
+from megatron_global_lbl.defects import DEFECTS
 
 
 def test_every_defect_is_shown_and_the_plugin_is_right(workers, capsys, tmp_path):

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import sys
 from collections import Counter
-from pathlib import Path
 
 import harness
 import pytest
@@ -17,7 +15,6 @@ PROBLEM = Problem("global", 2, MICRO_BATCHES, STEPS, layers=LAYERS)
 
 def reduced(problem, layout, register, extra):
     """In a worker. How many all-reduces over several ranks by (phase of the start, phase of the first wait)."""
-    sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
     from latency import Latency
 
     latency = Latency()

@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 
 import pytest
 
@@ -196,3 +197,10 @@ def test_applies_what_diff_writes(tmp_path):
         before, after = "".join(old).encode(), "".join(new).encode()
         assert exact_patch.apply(before, diff) == after
         assert exact_patch.apply(after, diff, reverse=True) == before
+
+
+def test_patches_without_pytorch(tree):
+    """On a login node there may be none."""
+    code = "import sys; sys.modules['torch'] = None; from megatron_global_lbl.command import main; sys.exit(main(sys.argv[1:]))"
+    result = subprocess.run([sys.executable, "-c", code, "patch", "--help"], capture_output=True, text=True)
+    assert result.returncode == 0 and "--megatron" in result.stdout, result.stderr

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from types import SimpleNamespace
 
 import pytest
 from test_flags import arguments
@@ -21,12 +22,13 @@ def command_line(monkeypatch):
 def registered(monkeypatch):
     """What would have been registered, without Megatron."""
     calls: list[dict] = []
+    handle = SimpleNamespace(takeover_is_said=False)
 
     def register(**settings):
         if not calls:
             calls.append(settings)
-            monkeypatch.setattr(registry, "active", lambda: calls)
-        return calls
+            monkeypatch.setattr(registry, "active", lambda: handle)
+        return handle
 
     monkeypatch.setattr(registry, "register", register)
     return calls
@@ -77,3 +79,15 @@ def test_yaml_would_drop_the_flags(command_line, capsys, yaml):
     assert "--moe-lbl-scope=global has no effect with --yaml-cfg" in line
     command_line(*yaml)
     flags.add_arguments(argparse.ArgumentParser())
+
+
+def test_keys_in_the_yaml_file_would_be_dropped_too(command_line, capsys, tmp_path):
+    """At any depth: Megatron nests arguments there."""
+    file = tmp_path / "config.yaml"
+    command_line("--yaml-cfg", str(file))
+    file.write_text("language_model:\n  num_moe_experts: 8\n")
+    flags.add_arguments(argparse.ArgumentParser())
+    file.write_text("language_model:\n  num_moe_experts: 8\n  moe_lbl_scope: global\n")
+    with pytest.raises(SystemExit):
+        flags.add_arguments(argparse.ArgumentParser())
+    assert "moe_lbl_scope has no effect with --yaml-cfg" in capsys.readouterr().err

@@ -50,6 +50,24 @@ def test_continues_from_its_state(steps, kept):
     assert layer.counts.equal(sum(history[-min(steps, kept + 1) :]))
 
 
+def test_the_newest_step_can_be_taken_back():
+    """As often as Megatron runs an iteration again, and in a checkpoint that goes back before it."""
+    window, undisturbed = Window(3), Window(3)
+    layers = [w.add_layer("1", GROUP, 3, 2, CPU) for w in (window, undisturbed)]
+    for step in range(8):
+        completed(undisturbed, step)
+        for other in (99, 77):
+            before = window.state()["1"]
+            completed(window, other)
+            window.forget_newest()
+            assert window.state()["1"].equal(before)
+            window.forget_newest()
+            assert window.state()["1"].equal(before), "there is no newer step to be taken back"
+        completed(window, step)
+        assert layers[0].counts.equal(layers[1].counts)
+        assert layers[0].score_gradient(per_token=False).equal(layers[1].score_gradient(per_token=False))
+
+
 def test_state_of_another_model_is_refused():
     window = Window(4)
     window.load({"1": torch.zeros(2, 1, 9, dtype=torch.int64)})
