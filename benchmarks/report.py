@@ -54,7 +54,8 @@ class OtherLoad:
         return sum(ticks), sum(ticks) - idle, own
 
     def share(self) -> float:
-        """Of all CPU time since this was made, the part used by processes that torchrun did not start with this one."""
+        """Of all CPU time since this was made, the part used by processes that torchrun did not start with this one, or taken
+        by the host of a virtual machine."""
         total, busy, own = (after - before for after, before in zip(self._now(), self._start))
         return max(0.0, busy - own) / total
 
