@@ -1,7 +1,7 @@
 """Iterations that Megatron runs again (`--rerun-mode`, `megatron.core.rerun_state_machine`, 0.14 to 0.19).
 
-After a result that is not plausible, and with `report_stats` always, the forwards and backwards of an iteration run a second
-time from the same state. Only scope `window` remembers anything beyond them. Replaced are
+After a result that is not plausible the forwards and backwards of an iteration run a second time from the same state. Only
+scope `window` remembers anything beyond them. Replaced are
 
     RerunStateMachine.should_run_forward_backward   says that the iteration is run again
     RerunStateMachine.should_checkpoint_and_exit    says that a checkpoint is written from which the iteration is run again

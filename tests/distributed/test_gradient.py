@@ -80,11 +80,6 @@ def test_a_skipped_step_leaves_nothing_behind(workers, scope):
     check(workers, Problem(scope, 2, 2, 3, window_steps=1, masks="uneven"), Layout(overflow_at=1))
 
 
-@pytest.mark.parametrize("scope", SCOPES)
-def test_a_step_that_is_run_again_counts_once(workers, scope):
-    check(workers, Problem(scope, 2, 2, 5, window_steps=2, masks="uneven"), Layout(rerun_at=2))
-
-
 @pytest.mark.parametrize("scope", ["global", "window"])
 def test_upstreams_global_aux_loss_is_taken_over(workers, scope):
     """Same coefficient, same gradient as with `aux_loss`; upstream's own is `dp` times too weak."""

@@ -1,0 +1,40 @@
+"""Iterations that Megatron's own RerunStateMachine runs again count once."""
+
+from __future__ import annotations
+
+import harness
+import pytest
+from compare import check
+from layout import Layout
+from truth import Problem
+
+
+@pytest.mark.parametrize("scope", ["dp", "global", "window"])
+def test_a_step_that_is_run_again(workers, scope):
+    check(workers, Problem(scope, 2, 2, 5, window_steps=2, masks="uneven"), Layout(rerun_at=2))
+
+
+def window_after(problem, layout, writes_checkpoint: bool):
+    """In a worker: what a checkpoint holds after the last step, or when that step is to be run again from it."""
+    from megatron.core.rerun_state_machine import RerunMode, RerunState, RerunStateMachine
+
+    import megatron_global_lbl as lbl
+
+    with lbl.registered(scope="window", window_steps=2) as handle:
+        harness._train(problem, layout, {})
+        if writes_checkpoint:
+            machine = RerunStateMachine(mode=RerunMode.VALIDATE_RESULTS)
+            machine.state = RerunState.WILL_RERUN_FROM_CHECKPOINT
+            assert machine.should_checkpoint_and_exit()[:2] == (True, True)
+        return handle.state_dict()["window"]
+
+
+def test_a_checkpoint_from_which_a_step_is_run_again(workers):
+    """It lacks that step, and holds again the one that had left the window."""
+    two, three = Problem("window", 2, 2, 2, window_steps=2), Problem("window", 2, 2, 3, window_steps=2)
+    expected = workers.run(window_after, 2, two, Layout(), False)
+    found = workers.run(window_after, 2, three, Layout(), True)
+    undone = workers.run(window_after, 2, three, Layout(), False)
+    for rank in range(2):
+        for key in ("1", "2"):
+            assert found[rank][key].equal(expected[rank][key]) and not undone[rank][key].equal(expected[rank][key])
