@@ -1,6 +1,6 @@
 """CPU mode carries Megatron's own training loop: every feature below is trained with, and compared with a run without it.
 
-Two equalities. "The same run" (resumed, recomputed, saved in another format) is bit-identical: all losses are compared as
+Two equalities. "The same run" (resumed, recomputed) is bit-identical: all losses are compared as
 hexadecimal. "The same model in another layout" is equal to 1e-5 relative: sums in fp32 (2^-24 = 6e-8) over at most a
 thousand terms in another order, through four optimizer steps of Adam, which divides small gradients by small ones.
 """
@@ -131,13 +131,6 @@ def test_tensor_parallel_with_sequence_parallel_and_pipeline(whole):
     assert_same_model(train(4, PLAIN, checkpoint, layout, iterations=5), run)
 
 
-def test_interleaved_pipeline_with_full_recompute(whole):
-    run, checkpoint = whole
-    layout = "--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1"
-    recompute = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
-    assert_same_model(train(2, PLAIN, checkpoint, layout, recompute, iterations=5), run)
-
-
 # --- One run, saved and resumed. With dropout: its random numbers have to continue, too. ---
 
 EXPERT_PARALLEL = "--expert-model-parallel-size 2"
@@ -183,15 +176,6 @@ def test_recomputed_run_is_bit_identical(launched_for_gpus):
     run, checkpoint = launched_for_gpus
     recompute = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
     again = train(2, EXPERT_PARALLEL, OVERLAP, "--moe-token-dispatcher-type alltoall", checkpoint, recompute)
-    assert again.exact == {iteration: run.exact[iteration] for iteration in (3, 4)}
-
-
-def test_legacy_checkpoint_and_selective_recompute(tmp_path):
-    # bf16, because Megatron 0.19 itself cannot load this format into a distributed optimizer without separate main weights.
-    flags = f"{EXPERT_PARALLEL} --bf16 --moe-token-dispatcher-type allgather --use-distributed-optimizer --ckpt-format torch"
-    run = train(2, flags, f"--save {tmp_path} --save-interval 2")
-    (tmp_path / "latest_checkpointed_iteration.txt").write_text("2")  # --ckpt-step does not choose among legacy checkpoints
-    again = train(2, flags, f"--load {tmp_path} --recompute-granularity selective")
     assert again.exact == {iteration: run.exact[iteration] for iteration in (3, 4)}
 
 
