@@ -2,7 +2,7 @@
 
     python benchmarks/router_cost.py                                    # one GPU
     torchrun --nproc-per-node 8 benchmarks/router_cost.py               # with the collectives of 8 data-parallel ranks
-    python benchmarks/router_cost.py --cpu                              # no GPU: launches and bytes, no times
+    python benchmarks/router_cost.py --cpu                              # no GPU: launches, bytes, host times
     python benchmarks/router_cost.py --cpu --list-ops --models qwen3-30b-a3b
 
 Megatron's real `TopKRouter` of a bf16 model runs forward and backward, without any loss ("none"), with Megatron's own and
@@ -13,6 +13,7 @@ with this plugin's; what "none" needs is subtracted everywhere. Measured are
     traffic    bytes that those operators read and write: what a GPU's time follows once the tensors are large
     host waits operators for which the host waits for the device
     kept       bytes held from the forward to the backward, saved tensors and attributes alike
+    host time  of Python and launches, with so few tokens that nothing else counts; medians, variants interleaved
     GPU time   between CUDA events, and the sum over kernels from torch.profiler; medians, variants interleaved
 """
 
@@ -21,6 +22,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
+import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -39,6 +41,7 @@ from routers import BASELINE, VARIANTS, build, end_of_step, micro_batch, start, 
 
 WARM_UP_STEPS = 2
 LAYERS = 8  # the plugin ends a step for all layers at once
+HOST_TOKENS = 8
 COUNTED_TOKENS = (96, 192)  # launches do not depend on the tokens; kept bytes are a line through these two
 
 
@@ -123,6 +126,27 @@ def kept_bytes(model: str, variant: str, router_dtype: str | None) -> tuple[floa
     return slope, round(kept[0] - slope * COUNTED_TOKENS[0])
 
 
+def host_times(model: str, variants: Sequence[str], *, router_dtype: str | None, rounds: int) -> dict[str, float]:
+    """Microseconds of the host per layer and micro-batch, forward and backward, everything included; medians over `rounds`."""
+    size = MODELS[model]
+    hidden, gradient = micro_batch(size, HOST_TOKENS)
+    routers = {name: build(size, VARIANTS[name], router_dtype) for name in variants}
+    seconds: dict[str, list[float]] = {name: [] for name in variants}
+    for round_number in range(rounds + WARM_UP_STEPS):
+        for name in variants:
+            with VARIANTS[name].active():
+                for timed in (False, True):
+                    begin = time.perf_counter()
+                    for _ in range(LAYERS):
+                        probs, _ = routers[name](hidden)
+                        probs.backward(gradient.to(probs.dtype))
+                    took = (time.perf_counter() - begin) / LAYERS
+                    end_of_step(routers[name])
+                    if timed and round_number >= WARM_UP_STEPS:
+                        seconds[name].append(took)
+    return {name: statistics.median(times) * 1e6 for name, times in seconds.items()}
+
+
 @dataclass(frozen=True)
 class Times:
     """GPU times of one layer and micro-batch in microseconds, everything included."""
@@ -179,10 +203,11 @@ def _profile(router: torch.nn.Module, variant: str, hidden: Tensor, gradient: Te
     return in_forward, in_backward
 
 
-def report_counts(model: str, variants: Sequence[str], router_dtype: str | None, list_ops: bool) -> str:
-    """Markdown: launches, traffic, host waits and kept bytes of one model."""
+def report_counts(model: str, variants: Sequence[str], router_dtype: str | None, rounds: int, list_ops: bool) -> str:
+    """Markdown: launches, traffic, host waits, kept bytes and host time of one model."""
     tokens = COUNTED_TOKENS[-1]
     baseline = count(model, BASELINE, tokens=tokens, router_dtype=router_dtype)
+    host = host_times(model, [BASELINE, *variants], router_dtype=router_dtype, rounds=rounds)
     rows, details = [], []
     for name in variants:
         if name == BASELINE:
@@ -202,13 +227,14 @@ def report_counts(model: str, variants: Sequence[str], router_dtype: str | None,
                 f"{(counts.traffic - baseline.traffic) / tokens:.0f}",
                 f"{per_token:g} T + {per_micro_batch}",
                 f"{per_token + per_micro_batch / 4096:.3f}",
+                f"{host[name] - host[BASELINE]:.0f}",
             ]
         )
         if list_ops:
             parts = {"forward": forward, "backward": backward, f"end of step of {LAYERS} layers": counts.step_end}
             details += [f"{name}, {part}: " + "; ".join(map(str, ops)) for part, ops in parts.items()]
     head = ["loss", "forward", "backward", "sum", "step end", "collectives", "host waits"]
-    head += ["traffic, B/token", "kept, B", "B/token at T = 4096"]
+    head += ["traffic, B/token", "kept, B", "B/token at T = 4096", "host, us"]
     return "\n".join([table(head, rows), *(f"\n- {line}" for line in details)])
 
 
@@ -231,7 +257,7 @@ def report_times(
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cpu", action="store_true", help="run on the CPU: counts only")
+    parser.add_argument("--cpu", action="store_true", help="run on the CPU: counts and host times")
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument(
         "--losses", nargs="+", choices=VARIANTS, metavar="LOSS", default=[name for name in VARIANTS if "blocking" not in name]
@@ -245,7 +271,7 @@ def parse_arguments() -> argparse.Namespace:
     if BASELINE not in args.losses:
         args.losses.insert(0, BASELINE)
     if not args.cpu and not torch.cuda.is_available():
-        parser.error("no CUDA device; allowed without one: --cpu, which counts launches and bytes but measures no time")
+        parser.error("no CUDA device; allowed without one: --cpu, which counts launches and bytes and measures the host only")
     return args
 
 
@@ -262,7 +288,7 @@ def main() -> None:
     for model in args.models:
         size = MODELS[model]
         parts.append(f"\n### {model}: {size.experts} experts, top-{size.topk}, hidden {size.hidden}\n")
-        parts.append(report_counts(model, args.losses, router_dtype, args.list_ops))
+        parts.append(report_counts(model, args.losses, router_dtype, args.rounds, args.list_ops))
         if args.cpu:
             parts.append("\nGPU times: not measured, no CUDA device.")
         else:
