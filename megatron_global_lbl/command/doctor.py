@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import importlib.util
 import json
 import platform
 import subprocess
@@ -49,6 +50,9 @@ def run(args: argparse.Namespace) -> int:
     except ConfigError as error:
         print(f"megatron-lbl doctor: error: {error}", file=sys.stderr)
         return 2
+    if importlib.util.find_spec("torch") is None:
+        print("\n".join(["this environment", *_environment()]))
+        return 1
     probes = _start_probes() if environment.folder_of("megatron") is not None else None
     sections, works = _megatron()
     sections.insert(0, ("this environment", _environment()))
@@ -68,13 +72,18 @@ def _entry(name: str, text: str) -> list[str]:
 
 
 def _environment() -> list[str]:
-    import torch
-
     from megatron_global_lbl import __version__
 
-    return [
+    lines = [
         *_entry("megatron_global_lbl", f"{__version__}, in {Path(__file__).parents[1]}"),
-        *_entry("Python", platform.python_version()),
+        *_entry("Python", f"{platform.python_version()}, {sys.executable}"),
+    ]
+    if importlib.util.find_spec("torch") is None:
+        return [*lines, *_entry("PyTorch", "NOT FOUND: everything but `megatron-lbl patch` needs it")]
+    import torch
+
+    return [
+        *lines,
         *_entry("PyTorch", torch.__version__),
         *_entry("GPU", environment.gpus()),
         *_entry("Transformer Engine", environment.transformer_engine()),

@@ -133,3 +133,12 @@ def test_the_page_has_the_same_table():
         for thread in defect.threads:
             number = thread.split("#")[1]
             assert f"#{number}" in page and f"#{number}" in script.read_text(encoding="utf-8")
+
+
+def test_without_pytorch(tmp_path):
+    """As after `pip install` into an empty environment: no site-packages, only this package."""
+    command = [sys.executable, "-S", "-c", "from megatron_global_lbl.command import main; raise SystemExit(main())", "doctor"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
+    assert result.returncode == 1 and result.stderr == ""
+    assert entry(result.stdout, "PyTorch").startswith("NOT FOUND")
