@@ -32,8 +32,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """
     if "--moe-lbl-scope" in parser._option_string_actions:
         return parser
-    dropped = [*_given(), *_keys_of(_yaml_file())]
-    if dropped and _yaml_file() is not None:
+    yaml_file = _yaml_file()
+    dropped = [] if yaml_file is None else [*_given(), *_keys_of(yaml_file)]
+    if dropped:
         _say_on_every_rank(
             f"megatron_global_lbl: error: {dropped[0]} has no effect with --yaml-cfg, which replaces all arguments; allowed: "
             "without it"
@@ -134,9 +135,9 @@ def _yaml_file() -> str | None:
     return None
 
 
-def _keys_of(yaml_file: str | None) -> list[str]:
+def _keys_of(yaml_file: str) -> list[str]:
     """Keys of a YAML file that look like the flags, at any depth."""
-    if yaml_file is None or not Path(yaml_file).is_file():  # Megatron says that it is missing
+    if not Path(yaml_file).is_file():  # Megatron says that it is missing
         return []
     return re.findall(r"^\s*(moe_lbl_\w+)\s*:", Path(yaml_file).read_text(encoding="utf-8"), re.MULTILINE)
 

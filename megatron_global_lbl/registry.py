@@ -45,9 +45,9 @@ class Handle:
         step.install(self._patches, self._engine)
         if self._engine.window is not None:
             rerun.install(self._patches, self._engine)
-        # Megatron-Core can be used without the training loop whose checkpoints carry the window; see `state_dict`.
-        if self._engine.window is not None and "megatron.training" in sys.modules:
-            checkpoint.install(self._patches, self._engine)
+            # Megatron-Core can be used without the training loop whose checkpoints carry the window; see `state_dict`.
+            if "megatron.training" in sys.modules:
+                checkpoint.install(self._patches, self._engine)
 
     @property
     def hooked(self) -> list[str]:

@@ -159,7 +159,6 @@ def report(problem: Problem, layout: Layout, register: dict | None, extra: dict,
     """In a worker: the values that Megatron's tracker reports for these names after the problem's last step."""
     from megatron_global_lbl.hook import one_router
 
-    one_router.forget_logged_losses()
     harness.run(problem, layout, register, extra)
     values: dict[str, Any] = {}
     arguments: dict[str, Any] = {
@@ -195,16 +194,9 @@ def logged(
 def true_values(problem: Problem) -> tuple[float, float]:
     """In float64, mean over layers: (LBL of the whole global batch, mean over micro-batches of the LBL with the counts so far),
     for even tokens and no padding."""
-    x, _ = truth.inputs(problem, 0)
-    h = x.double()
     whole, prefix = [], []
-    for below, router in truth.weights(problem, 0):
-        a = h @ below.double().T
-        h = torch.tanh(a)
-        logits = a @ router.double().T
-        chosen = logits.topk(problem.topk, dim=-1).indices
-        C_mi = torch.zeros_like(logits).scatter(-1, chosen, 1.0).sum((1, 2, 3))
-        p_mi = logits.softmax(-1).mean((1, 2, 3))
+    for C_mi, S_mi, N_m in truth.sums(problem, 0):
+        p_mi = S_mi / N_m.unsqueeze(-1)
         f_i, f_mi = C_mi.sum(0) / C_mi.sum(), C_mi.cumsum(0) / C_mi.cumsum(0).sum(-1, keepdim=True)
         whole.append(problem.experts * float((f_i * p_mi.mean(0)).sum()))
         prefix.append(problem.experts * float((f_mi * p_mi).sum(-1).mean()))

@@ -132,8 +132,10 @@ def _train(problem: Problem, layout: Layout, extra: dict[str, Any]):
     from megatron.core.pipeline_parallel import get_forward_backward_func
     from megatron.core.rerun_state_machine import RerunMode, RerunStateMachine
 
+    from megatron_global_lbl.hook.one_router import forget_logged_losses
+
     unset_num_microbatches_calculator()
-    _forget_logged_losses()
+    forget_logged_losses()  # the tracker is sized by the first model of a process
     config, model, chunks = build(problem, layout, extra)
     selections = _record_selections(chunks)
     grads, selected = [], []
@@ -177,18 +179,6 @@ def _train(problem: Problem, layout: Layout, extra: dict[str, Any]):
     rank, part, parts = _place(layout)
     assert parallel_state.get_data_parallel_world_size() == problem.dp
     return {"grads": grads, "place": (rank, part, parts), "selections": selected}
-
-
-def _forget_logged_losses() -> None:
-    """Megatron sizes its tracker by the first model of a process."""
-    try:
-        from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracker
-
-        destroy_moe_metrics_tracker()
-    except ImportError:  # the tracker object of 0.18 ends this
-        from megatron.core.transformer.moe.moe_utils import get_moe_layer_wise_logging_tracker
-
-        get_moe_layer_wise_logging_tracker().clear()
 
 
 def _main_grads(block, layout: Layout):

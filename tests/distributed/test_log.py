@@ -15,7 +15,7 @@ def of_the_log(problem: Problem) -> float:
 
     "dp" and "window": the mean over micro-batches of what the gradient is of. "global": f and p of the whole step.
     """
-    sums = [_sums(problem, step) for step in range(problem.steps)]
+    sums = [truth.sums(problem, step) for step in range(problem.steps)]
     value = 0.0
     for step in range(problem.steps):
         for layer, (selections_ME, scores_ME, tokens_M) in enumerate(sums[step]):
@@ -30,20 +30,6 @@ def of_the_log(problem: Problem) -> float:
             f_ME = selections_ME / selections_ME.sum(-1, keepdim=True)
             value += problem.experts * float((f_ME * scores_ME).sum(-1).div(tokens_M).mean())
     return value / problem.layers
-
-
-def _sums(problem: Problem, step: int) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """Per layer, over all ranks' valid tokens of each micro-batch: selections [M, E], scores [M, E], tokens [M]."""
-    x, padding = truth.inputs(problem, step)
-    h, valid, layers = x.double(), (~padding).double(), []
-    for below, router in truth.weights(problem, step):
-        a = h @ below.double().T
-        h = torch.tanh(a)
-        logits = a @ router.double().T
-        chosen = torch.zeros_like(logits).scatter(-1, logits.topk(problem.topk, dim=-1).indices, 1.0)
-        selections_ME, scores_ME = ((t * valid.unsqueeze(-1)).sum((1, 2, 3)) for t in (chosen, logits.softmax(-1)))
-        layers.append((selections_ME, scores_ME, valid.sum((1, 2, 3))))
-    return layers
 
 
 @pytest.mark.parametrize("per_token", [False, True])

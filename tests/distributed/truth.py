@@ -121,29 +121,9 @@ def gradients(problem: Problem, selections=None) -> list[list[tuple[torch.Tensor
     result = []
     for step in range(problem.steps):
         params = [tuple(w.double().requires_grad_() for w in pair) for pair in weights(problem, step)]
-        x, padding = inputs(problem, step)
-        valid = (~padding).double()
-        h = x.double()
         loss = torch.zeros((), dtype=torch.float64)
         stats = []
-        for block, (below, router) in enumerate(params):
-            applications = []
-            for _ in range(problem.mtp_applications if block == problem.layers else 1):
-                a = h @ below.T
-                h = torch.tanh(a)
-                if block + 1 in problem.dense:
-                    continue
-                logits = a @ router.T
-                scores = logits.softmax(-1)
-                if problem.score == "sigmoid":
-                    scores = logits.sigmoid() / logits.sigmoid().sum(-1, keepdim=True)
-                if selections is None:
-                    r = _select(problem, logits.detach())
-                else:
-                    r = selections[step][block].double()
-                r = r * valid.unsqueeze(-1)
-                C_mdi, S_mdi = r.sum((2, 3)), (scores * valid.unsqueeze(-1)).sum((2, 3))
-                applications.append((C_mdi, S_mdi, valid.sum((2, 3))))
+        for block, applications in enumerate(_forward(problem, step, params, selections)):
             stats.append(
                 {"C": sum(C for C, _, _ in applications), "N": torch.stack([N for _, _, N in applications], -1)}
                 if applications
@@ -157,6 +137,40 @@ def gradients(problem: Problem, selections=None) -> list[list[tuple[torch.Tensor
         grads = [torch.zeros_like(w) if g is None else g for g, w in zip(grads, flat)]
         result.append([(grads[2 * i], grads[2 * i + 1]) for i in range(problem.blocks)])
         counted.append(stats)
+    return result
+
+
+def sums(problem: Problem, step: int) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """Per layer, over all ranks' valid tokens: selections [M, E], scores [M, E], tokens [M]; without MTP, no dense layers."""
+    params = [tuple(w.double() for w in pair) for pair in weights(problem, step)]
+    return [tuple(t.sum(1) for t in application) for (application,) in _forward(problem, step, params, None)]
+
+
+def _forward(problem: Problem, step: int, params, selections) -> list[list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]]:
+    """Per block and application of its router (none if dense): selections [M, D, E], scores [M, D, E], tokens [M, D]."""
+    x, padding = inputs(problem, step)
+    valid = (~padding).double()
+    h = x.double()
+    result = []
+    for block, (below, router) in enumerate(params):
+        applications = []
+        for _ in range(problem.mtp_applications if block == problem.layers else 1):
+            a = h @ below.T
+            h = torch.tanh(a)
+            if block + 1 in problem.dense:
+                continue
+            logits = a @ router.T
+            scores = logits.softmax(-1)
+            if problem.score == "sigmoid":
+                scores = logits.sigmoid() / logits.sigmoid().sum(-1, keepdim=True)
+            if selections is None:
+                r = _select(problem, logits.detach())
+            else:
+                r = selections[step][block].double()
+            r = r * valid.unsqueeze(-1)
+            C_mdi, S_mdi = r.sum((2, 3)), (scores * valid.unsqueeze(-1)).sum((2, 3))
+            applications.append((C_mdi, S_mdi, valid.sum((2, 3))))
+        result.append(applications)
     return result
 
 

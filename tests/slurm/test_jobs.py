@@ -15,6 +15,16 @@ def flag(words: list[str], name: str) -> str:
     return words[len(words) - words[::-1].index(name)]
 
 
+def run_script(cluster, tmp_path, commands: str, *, nodes: int, attempts: int) -> tuple[dict, str]:
+    """A job whose launch script is `commands`, once it has ended: what SLURM says of it, and its output."""
+    script = tmp_path / "launch.sh"
+    script.write_text(f"#!/usr/bin/env bash\n{commands}")
+    environment = {"RUN_DIR": f"{tmp_path}/run", "MAX_ATTEMPTS": str(attempts)}
+    output = f"--output={tmp_path}/job.out"
+    number = cluster.submit(f"--nodes={nodes}", output, f"{FOLDER}/multi_node.sbatch", str(script), **environment)
+    return cluster.wait(number, SECONDS), (tmp_path / "job.out").read_text()
+
+
 def dry_run(cluster, tmp_path, *arguments: str, **environment: str) -> str:
     """What a job prints with DRY_RUN=1."""
     number = cluster.submit(f"--output={tmp_path}/%j.out", *arguments, DRY_RUN="1", RUN_DIR=f"{tmp_path}/run", **environment)
@@ -100,13 +110,7 @@ def test_gives_up_without_progress(cluster, tmp_path):
 
     On one node: with two, a node that is ended before its task has started may give the exit code (255).
     """
-    script = tmp_path / "fails.sh"
-    script.write_text("#!/usr/bin/env bash\necho it fails here\nexit 3\n")
-    environment = {"RUN_DIR": f"{tmp_path}/run", "MAX_ATTEMPTS": "2"}
-    output = f"--output={tmp_path}/job.out"
-    number = cluster.submit("--nodes=1", output, f"{FOLDER}/multi_node.sbatch", str(script), **environment)
-    job = cluster.wait(number, SECONDS)
-    text = (tmp_path / "job.out").read_text()
+    job, text = run_script(cluster, tmp_path, "echo it fails here\nexit 3\n", nodes=1, attempts=2)
     assert (job["JobState"], job["ExitCode"], job["Restarts"]) == ("FAILED", "3:0", "1"), text
     assert "2 attempts in a row without a new checkpoint: not requeued" in text
     logs = "".join(log.read_text() for log in (tmp_path / "run" / "logs").glob("*node0*.log"))
@@ -115,12 +119,8 @@ def test_gives_up_without_progress(cluster, tmp_path):
 
 def test_a_failed_node_ends_the_others(cluster, tmp_path):
     """The first node waits without hearing any signal, as ranks in a collective do whose peer is gone."""
-    script = tmp_path / "waits.sh"
-    script.write_text("#!/usr/bin/env bash\n[[ $NODE_RANK == 1 ]] && exit 3\ntrap '' TERM\nexec sleep 600\n")
-    environment = {"RUN_DIR": f"{tmp_path}/run", "MAX_ATTEMPTS": "1"}
-    output = f"--output={tmp_path}/job.out"
-    number = cluster.submit("--nodes=2", output, f"{FOLDER}/multi_node.sbatch", str(script), **environment)
-    job = cluster.wait(number, SECONDS)
-    text = (tmp_path / "job.out").read_text()
+    job, text = run_script(
+        cluster, tmp_path, "[[ $NODE_RANK == 1 ]] && exit 3\ntrap '' TERM\nexec sleep 600\n", nodes=2, attempts=1
+    )
     assert job["JobState"] == "FAILED" and job["Restarts"] == "0", text
     assert "srun: error: n2: task 1: Exited with exit code 3" in text
