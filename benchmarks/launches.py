@@ -1,9 +1,9 @@
 """Counts what a piece of code makes the device do, without a GPU: kernels launched, host synchronisations, bytes kept.
 
-Every ATen operator that reads or writes elements counts as one kernel; views and allocations count as none. That is exact
-for the pointwise, reduction and copy operators of a load-balancing loss. `topk` is more than one kernel on CUDA, and
-`_softmax_backward_data` makes an expanded gradient contiguous first; both count as one here. With a GPU `kernels_on_gpu` counts
-what really ran.
+Every ATen operator that reads or writes elements counts as one kernel; views and allocations count as none. Two operators
+hide a second kernel, which is counted with its traffic: a sum into another type casts all elements first, and
+`_softmax_backward_data` copies an expanded gradient first. `topk` is more than one kernel on CUDA and counts as one. With a
+GPU `kernels_on_gpu` counts what really ran.
 """
 
 from __future__ import annotations
@@ -66,9 +66,29 @@ class Launches(TorchDispatchMode):
             shown = f"{str(results[0].dtype).removeprefix('torch.')}{list(results[0].shape)}" if results else "-"
             # `zeros_like` does not read what it is like. In-place results are arguments, too: each tensor counts once.
             read = [] if name.endswith("_like") else _tensors((args, kwargs))
-            touched = {tensor.data_ptr(): _held_bytes(tensor) for tensor in (*read, *results)}
-            self.ops.append(Op(name, shown, sum(touched.values())))
+            traffic = sum({tensor.data_ptr(): _held_bytes(tensor) for tensor in (*read, *results)}.values())
+            source = _copied_first(name, read, results)
+            if source is not None:  # the operator's own kernel reads the copy, not the source
+                held = _held_bytes(source[0])
+                copied = source[0].numel() * source[1].itemsize
+                shape = f"{str(source[1]).removeprefix('torch.')}{list(source[0].shape)}"
+                self.ops.append(Op(f"copy in {name}", shape, held + copied))
+                traffic += copied - held
+            self.ops.append(Op(name, shown, traffic))
         return result
+
+
+def _copied_first(name: str, read: list[Tensor], results: list[Tensor]) -> tuple[Tensor, torch.dtype] | None:
+    """The argument that an operator copies before its own kernel, and the type of the copy.
+
+    A sum casts on the fly only from half precision to float32 (ATen's `make_reduction_from_out_ty`).
+    """
+    if name == "sum" and read[0].dtype != results[0].dtype:
+        half = read[0].is_floating_point() and read[0].dtype.itemsize == 2
+        return None if half and results[0].dtype is torch.float32 else (read[0], results[0].dtype)
+    if name == "_softmax_backward_data" and not read[0].is_contiguous():
+        return read[0], read[0].dtype
+    return None
 
 
 def _tensors(tree: Any) -> list[Tensor]:

@@ -104,6 +104,32 @@ def count(model: str, variant: str, *, tokens: int, router_dtype: str | None) ->
     )
 
 
+def launches_of_step(
+    model: str, variant: str, *, tokens: int, router_dtype: str | None, layers: int, micro_batches: int
+) -> int:
+    """Launches of a whole step, its first micro-batch and its end included, everything included."""
+    size = MODELS[model]
+    routers = [build(size, VARIANTS[variant], router_dtype) for _ in range(layers)]
+    for number, router in enumerate(routers, 1):
+        router.set_layer_number(number)
+    hidden, gradient = micro_batch(size, tokens)
+
+    def step() -> None:
+        for _ in range(micro_batches):
+            for router in routers:
+                probs, _ = router(hidden)
+                probs.backward(gradient.to(probs.dtype))
+        end_of_step(*routers)
+
+    with VARIANTS[variant].active():
+        for _ in range(WARM_UP_STEPS):
+            step()
+        launches = Launches()
+        with launches:
+            step()
+    return len(launches.ops)
+
+
 def beyond(ops: list[Op], baseline: list[Op]) -> list[Op]:
     """The operators that are not in the baseline, in their order."""
     common = Counter(baseline)

@@ -1,7 +1,7 @@
 """MoE load-balancing loss for Megatron-Core with expert frequencies counted over the whole global batch.
 
 Importing this package patches nothing; `register` (or the flag `--moe-lbl-scope` through the launcher) does.
-Read `balance.py` first: the main idea is there.
+Read `core/balance.py` first: the main idea is there.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from megatron_global_lbl.core.loss import load_balancing_loss
     from megatron_global_lbl.hook.versions import UnsupportedMegatron
-    from megatron_global_lbl.loss import load_balancing_loss
     from megatron_global_lbl.registry import Handle, end_step, register, registered
     from megatron_global_lbl.settings import ConfigError, Scope
 
@@ -25,7 +25,7 @@ _MODULES = {
     "Scope": "settings",
     "UnsupportedMegatron": "hook.versions",
     "end_step": "registry",
-    "load_balancing_loss": "loss",
+    "load_balancing_loss": "core.loss",
     "register": "registry",
     "registered": "registry",
 }

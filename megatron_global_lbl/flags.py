@@ -14,12 +14,10 @@ import time
 from pathlib import Path
 
 from megatron_global_lbl import registry
-from megatron_global_lbl.defects import takeover_notice
-from megatron_global_lbl.settings import DEFAULT_WINDOW_STEPS, ConfigError, Scope, Settings, flag
+from megatron_global_lbl.settings import DEFAULT_WINDOW_STEPS, ConfigError, Scope, Settings
 
 GROUP = "mixture-of-experts load-balancing loss"
 START_SKEW_SECONDS = 10
-ACTED_ON = ("aux_loss", "global_aux_loss")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -100,13 +98,9 @@ def activate(args: argparse.Namespace) -> registry.Handle | None:
         if settings == Settings(scope=Scope.MICRO) and not _given():
             return None
         if settings.scope is not Scope.MICRO or settings.metrics_dir is not None:
-            _require_something_to_act_on(args, settings)
-            _require_supported(args, settings)
-        if settings.group_size is not None and args.data_parallel_size % settings.group_size:
-            raise ConfigError(
-                f"{flag('group_size')} {settings.group_size}: not allowed; allowed: a divisor of the data-parallel size "
-                f"{args.data_parallel_size}"
-            )
+            from megatron_global_lbl.hook import refusals  # here, because `doctor` reads the flags without PyTorch
+
+            refusals.refuse_arguments(args, settings)
         known = registry.active()
         handle = registry.register(**{name: getattr(settings, name) for name in Settings.__dataclass_fields__})
     except (ConfigError, ImportError) as error:
@@ -118,7 +112,6 @@ def activate(args: argparse.Namespace) -> registry.Handle | None:
     if handle is not known and int(os.environ.get("RANK", "0")) == 0:
         for line in describe(args, settings):
             print(f"> moe-lbl: {line}", flush=True)
-    handle.takeover_is_said = True
     return handle
 
 
@@ -149,14 +142,6 @@ def _say_on_every_rank(line: str) -> None:
         time.sleep(START_SKEW_SECONDS)
 
 
-def losses(args: argparse.Namespace) -> dict[str, float]:
-    """Coefficient by type of auxiliary loss, from Megatron's two ways of writing them."""
-    kinds, coeffs = args.moe_router_load_balancing_type, args.moe_aux_loss_coeff
-    kinds = [kinds] if isinstance(kinds, str) else list(kinds)
-    coeffs = list(coeffs) if isinstance(coeffs, (list, tuple)) else [coeffs]
-    return dict(zip(kinds, coeffs))
-
-
 def describe(args: argparse.Namespace, settings: Settings) -> list[str]:
     """The effective setting in words: scope, Balance BSZ in sequences, and what changes by it."""
     ranks = settings.group_size or args.data_parallel_size
@@ -182,65 +167,6 @@ def describe(args: argparse.Namespace, settings: Settings) -> list[str]:
         lines.append(f"scope micro before iteration {settings.start_iter}")
     if settings.micro_coeff:
         lines.append(f"micro-batch loss added with coefficient {settings.micro_coeff:g}")
-    if settings.scope is not Scope.MICRO and losses(args).get("global_aux_loss", 0):
-        lines.append(takeover_notice(args.data_parallel_size))
     if settings.metrics_dir:
         lines.append(f"balance record in {settings.metrics_dir}")
     return lines
-
-
-def _asked_for(settings: Settings) -> str:
-    """The flag that needs a load-balancing loss: the scope, or in scope `micro` the record of it."""
-    if settings.scope is Scope.MICRO:
-        return f"{flag('metrics_dir')} {settings.metrics_dir}"
-    return f"{flag('scope')} {settings.scope.value}"
-
-
-def _require_something_to_act_on(args: argparse.Namespace, settings: Settings) -> None:
-    chosen = _asked_for(settings)
-    if not args.num_experts:
-        raise ConfigError(f"{chosen} needs a mixture of experts: --num-experts is not set")
-    found = {kind: coeff for kind, coeff in losses(args).items() if kind in ACTED_ON}
-    if not found:
-        kinds = " ".join(losses(args))
-        raise ConfigError(
-            f"{chosen} has nothing to act on: --moe-router-load-balancing-type is {kinds}; allowed: aux_loss, alone or in a "
-            "list (or global_aux_loss, which is taken over)"
-        )
-    if len(found) > 1:
-        raise ConfigError(
-            f"{chosen} with --moe-router-load-balancing-type {' '.join(losses(args))}: which of aux_loss and global_aux_loss "
-            f"it should act on is ambiguous; allowed: one of them, and {flag('micro_coeff')} for a micro-batch loss beside it"
-        )
-    for kind, coeff in found.items():
-        if not coeff > 0:
-            raise ConfigError(
-                f"{chosen} has nothing to act on: --moe-aux-loss-coeff is {coeff:g} for {kind}; allowed: a number > 0"
-            )
-
-
-def _require_supported(args: argparse.Namespace, settings: Settings) -> None:
-    from megatron_global_lbl.hook import compatibility
-
-    chosen = _asked_for(settings)
-    for name in ("use_megatron_fsdp", "use_torch_fsdp2", "use_custom_fsdp"):
-        if getattr(args, name, False):
-            raise ConfigError(f"{chosen} is not supported with --{name.replace('_', '-')} yet; allowed: Megatron's DDP")
-    graphs = compatibility.cuda_graphs(args)
-    if graphs == "iteration":
-        raise ConfigError(f"{chosen} is not supported with full_iteration CUDA graphs; allowed: CUDA graphs of layers")
-    if graphs != "none":
-        for name in ("metrics_dir", "start_iter"):  # both need Python in every forward
-            if getattr(settings, name):
-                raise ConfigError(f"{flag(name)} {getattr(settings, name)} is not supported with CUDA graphs; allowed: without")
-    if settings.scope is Scope.WINDOW and getattr(args, "mtp_num_layers", None) and args.pipeline_model_parallel_size > 1:
-        if not compatibility.tells_mtp_routers():
-            raise ConfigError(
-                f"{chosen} with --mtp-num-layers {args.mtp_num_layers} and --pipeline-model-parallel-size "
-                f"{args.pipeline_model_parallel_size} needs Megatron-Core >= 0.17 (before, routers of multi-token prediction "
-                f"cannot be told from others in a checkpoint); allowed here: {flag('scope')} dp or global"
-            )
-    if settings.scope is Scope.WINDOW and args.save and args.ckpt_format not in ("torch", "torch_dist"):
-        raise ConfigError(
-            f"{chosen} cannot be saved with --ckpt-format {args.ckpt_format}; allowed: torch, torch_dist (or no --save)"
-        )

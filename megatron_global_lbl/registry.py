@@ -5,8 +5,15 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Union
 
 from megatron_global_lbl.settings import ConfigError, Scope, Settings
+
+if TYPE_CHECKING:
+    from torch import nn
+
+Model = Union["nn.Module", "list[nn.Module]"]
+STATE_FORMAT = 1
 
 _active: Handle | None = None
 
@@ -17,18 +24,23 @@ class Handle:
     Attributes:
         settings: what was registered, defaults filled in.
         hooked: dotted paths of the Megatron symbols that are replaced.
-        takeover_is_said: the user knows what taking over `global_aux_loss` changes; else the first rank of a stage says it.
     """
 
     def __init__(self, settings: Settings) -> None:
         # Here, because the flags and `megatron-lbl patch` must work without PyTorch.
-        from megatron_global_lbl.engine import Engine
+        from megatron_global_lbl.core.engine import Engine
         from megatron_global_lbl.hook.patching import Patches
+        from megatron_global_lbl.hook.step import current_iteration
         from megatron_global_lbl.hook.versions import require_supported
+        from megatron_global_lbl.metrics.record import BalanceRecord, require_writable
 
         require_supported()
+        if settings.metrics_dir is not None:
+            require_writable(settings.metrics_dir)
         self.settings = settings
-        self._engine = Engine(settings)
+        self._engine = Engine(
+            settings, current_iteration, BalanceRecord(settings) if settings.metrics_dir is not None else None
+        )
         self._patches = Patches()
         try:
             self._install()
@@ -39,11 +51,11 @@ class Handle:
     def _install(self) -> None:
         if self.settings.scope is Scope.MICRO and self.settings.metrics_dir is None:
             return  # Megatron as it is
-        from megatron_global_lbl.hook import checkpoint, rerun, router, step
+        from megatron_global_lbl.hook import checkpoint, recomputation, rerun, router, step
 
-        router.install(self._patches, self._engine)
-        step.install(self._patches, self._engine)
-        if self._engine.window is not None:
+        for hook in (router, recomputation, step):
+            hook.install(self._patches, self._engine)
+        if self.settings.scope is Scope.WINDOW:
             rerun.install(self._patches, self._engine)
             # Megatron-Core can be used without the training loop whose checkpoints carry the window; see `state_dict`.
             if "megatron.training" in sys.modules:
@@ -52,14 +64,6 @@ class Handle:
     @property
     def hooked(self) -> list[str]:
         return self._patches.paths
-
-    @property
-    def takeover_is_said(self) -> bool:
-        return self._engine.takeover_is_said
-
-    @takeover_is_said.setter
-    def takeover_is_said(self, value: bool) -> None:
-        self._engine.takeover_is_said = value
 
     def remove(self) -> None:
         """Put back every symbol of Megatron; doing it again changes nothing.
@@ -75,22 +79,46 @@ class Handle:
         finally:
             self._patches.restore()
 
-    def state_dict(self) -> dict:
-        """What must travel in a checkpoint of a loop of your own; empty except for scope `window`.
+    def discard_step(self) -> None:
+        """Forget what was counted since the last step's end: a step has failed, in a loop without Megatron's DDP (whose
+        `zero_grad_buffer` says so by itself). Call it on every rank."""
+        self._engine.discard()
 
-        Plain tensors on the CPU, [steps, groups, experts + 1] int64 per MoE layer of this rank's pipeline stage. Megatron's
-        own checkpoints carry it without this.
-        """
-        return {"window": self._engine.window.state()} if self._engine.window is not None else {}
+    def state_dict(self, model: Model | None = None) -> dict:
+        """What must travel in a checkpoint of a loop of your own: plain numbers, and tensors on the CPU.
 
-    def load_state_dict(self, state: dict) -> None:
-        """Continue from `state_dict()`; before or after the model was built.
+        It holds the MoE layers of this rank's pipeline stage: how many steps they completed, and in scope `window` the counts
+        [steps, groups, experts + 1] int64. Megatron's own checkpoints carry it without this.
+
+        Args:
+            model: whose layers; a module or the list of its chunks. Needed where several models are trained.
 
         Raises:
-            ValueError: it belongs to a model with other experts or to other groups.
+            ConfigError: several models were met, and none is named.
         """
-        if self._engine.window is not None and "window" in state:
-            self._engine.window.load(state["window"])
+        return {"format": STATE_FORMAT, "layers": self._engine.state(_routers_of(model))}
+
+    def load_state_dict(self, state: dict, model: Model | None = None) -> None:
+        """Continue from `state_dict()`: what a layer needs is taken up at its first forward, or now if that was before.
+
+        Args:
+            state: of any number of layers; those of other pipeline stages are left alone.
+            model: whose layers; may be left out before the first forward.
+
+        Raises:
+            ConfigError: now or at the first forward, if it belongs to other experts, another top-k or other groups.
+        """
+        if state.get("format") != STATE_FORMAT:
+            raise ConfigError(f"state_dict of format {state.get('format')}: unknown; allowed: {STATE_FORMAT}")
+        self._engine.load(state["layers"], _routers_of(model))
+
+
+def _routers_of(model: Model | None) -> dict[str, Any] | None:
+    if model is None:
+        return None
+    from megatron_global_lbl.hook.models import routers_of
+
+    return routers_of(model)
 
 
 def active() -> Handle | None:
@@ -157,11 +185,17 @@ def registered(**settings) -> Iterator[Handle]:
             handle.remove()
 
 
-def end_step() -> None:
+def end_step(model: Model | None = None) -> None:
     """The optimizer step's backward passes are over: for a training loop that does not call Megatron's
     `finalize_model_grads`, which says so by itself. Call it on every rank, before the next forward; without a registration,
-    or twice in a row, it does nothing."""
-    if _active is not None:
-        from megatron_global_lbl.hook.step import current_iteration
+    or twice in a row, it does nothing.
 
-        _active._engine.end_step(current_iteration())
+    Args:
+        model: whose step; a module or the list of its chunks. None: of every model that ran since its last step's end.
+
+    Raises:
+        ConfigError: a forward that was counted has had no backward.
+    """
+    if _active is not None:
+        routers = _routers_of(model)
+        _active._engine.end_step(None if routers is None else routers.values())

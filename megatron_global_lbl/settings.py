@@ -69,6 +69,17 @@ class Settings:
             settings = replace(settings, sync=Sync.OVERLAP)
         return settings
 
+    def require_group_size_fits(self, data_parallel_size: int) -> None:
+        """
+        Raises:
+            ConfigError: groups of `--moe-lbl-group-size` do not fill the data-parallel ranks.
+        """
+        if self.group_size is not None and data_parallel_size % self.group_size:
+            raise ConfigError(
+                f"{flag('group_size')} {self.group_size}: not allowed; allowed: a divisor of the data-parallel size "
+                f"{data_parallel_size}"
+            )
+
     def _refuse_what_would_be_ignored(self) -> None:
         if self.window_steps is not None and self.scope is not Scope.WINDOW:
             raise ConfigError(

@@ -1,11 +1,16 @@
 """The only room that knows Megatron's symbols and versions.
 
-patching     the five steps of replacing a symbol, and their undo
-versions     which Megatron-Core is installed, which are supported
-router       the router forward: selections, scores, padding mask -> Engine.route
-scores       the scores of the auxiliary loss, without upstream's own selection
-step         the end of a step: `finalize_model_grads` -> Engine.end_step
-rerun        iterations that Megatron runs again -> Engine.repeat_step
-checkpoint   the window in Megatron's checkpoint
-arguments    Megatron's parser and its validation -> flags.py
+patching        the five steps of replacing a symbol, and their undo
+versions        which Megatron-Core is installed, which are supported
+compatibility   what differs between the supported releases
+refusals        what cannot be right, each said once
+router          the router forward: selections, scores, padding mask -> Engine.begin, Engine.finish
+scores          the scores of the auxiliary loss, without upstream's own selection
+recomputation   checkpointed calls -> Engine.recomputation
+models          the routers of a model
+step            a model's step: `zero_grad_buffer`, `finalize_model_grads` -> Engine.begin_step, Engine.end_step
+rerun           iterations that Megatron runs again -> Engine.repeat_step
+checkpoint      the window in Megatron's checkpoint
+log             the losses in Megatron's log, and what taking over `global_aux_loss` changes
+arguments       Megatron's parser and its validation -> flags.py
 """

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import functools
-import importlib.util
 from collections.abc import Callable
 
 import torch.distributed as dist
 from torch import Tensor
 
 from megatron_global_lbl.hook.versions import require_supported
-from megatron_global_lbl.settings import ConfigError
 
 
 def has_global_aux_loss() -> bool:
@@ -33,20 +30,16 @@ def tells_mtp_routers() -> bool:
     return require_supported() >= (0, 17)
 
 
-def recomputes_router(config) -> bool:
-    """Whether Megatron may run a router's forward a second time, inside the backward."""
-    granularity = config.recompute_granularity
-    return granularity == "full" or (granularity == "selective" and "moe" in (config.recompute_modules or ()))
-
-
-def pipeline_stage() -> int:
-    """Index of this rank's pipeline stage."""
+def stage_name(stage: dist.ProcessGroup) -> str:
+    """Names this rank's pipeline stage in files: "pp" and its index, or its first rank without Megatron's global groups."""
     from megatron.core import parallel_state
 
-    return parallel_state.get_pipeline_model_parallel_rank()
+    if parallel_state.model_parallel_is_initialized():
+        return f"pp{parallel_state.get_pipeline_model_parallel_rank()}"
+    return f"rank{min(dist.get_process_group_ranks(stage))}"
 
 
-def backward_scale(model: dist.ProcessGroup, config) -> Callable[[], Tensor | float]:
+def backward_scale(config) -> Callable[[], Tensor | float]:
     """Reads the factor that the schedule sets for auxiliary losses before each backward.
 
     It is loss_scale * cp / micro-batches, or loss_scale with per-token loss; DDP then divides by dp * cp, or
@@ -65,23 +58,6 @@ def backward_scale(model: dist.ProcessGroup, config) -> Callable[[], Tensor | fl
     return scale
 
 
-@functools.cache
-def _has_metrics_tracker() -> bool:
-    return importlib.util.find_spec("megatron.core.transformer.moe.moe_logging") is not None
-
-
-def log_aux_loss(name: str, loss: Tensor, layer_number: int, num_layers: int, model: dist.ProcessGroup) -> None:
-    """Hand a layer's loss to Megatron's own logging, which sums over TP x CP and averages over data-parallel ranks."""
-    if _has_metrics_tracker():
-        from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
-
-        get_moe_metrics_tracker().record(name, loss, layer_number, num_layers, reduce_group=model)
-    else:  # the tracker of 0.18 ends this
-        from megatron.core.transformer.moe.moe_utils import save_to_aux_losses_tracker
-
-        save_to_aux_losses_tracker(name, loss, layer_number, num_layers, reduce_group=model)
-
-
 def cuda_graphs(config) -> str:
     """What is captured in CUDA graphs: "none", "layers" or "iteration" (forward, backward and the step's end in one graph).
 
@@ -98,35 +74,3 @@ def cuda_graphs(config) -> str:
     parts = parts if isinstance(parts, (list, tuple)) else [parts]
     names = [implementation, *(getattr(part, "name", part) for part in parts)]
     return "iteration" if "full_iteration" in names else "layers"
-
-
-def refuse_unsupported_config(config) -> None:
-    """
-    Raises:
-        ConfigError: a configuration in which counts or gradients would be silently wrong.
-    """
-    if cuda_graphs(config) == "iteration":  # the step's end would be replayed without the Python that keeps the books
-        raise ConfigError("--moe-lbl-scope is not supported with full_iteration CUDA graphs; allowed: CUDA graphs of layers")
-
-
-def has_routers(model: list) -> bool:
-    """Whether the model chunks have MoE routers that train."""
-    from megatron.core.transformer.moe.router import TopKRouter
-
-    return any(isinstance(module, TopKRouter) and module.training for chunk in model for module in chunk.modules())
-
-
-def refuse_unsupported_model(model: list) -> None:
-    """
-    Args:
-        model: the wrapped model chunks that `finalize_model_grads` was given.
-
-    Raises:
-        ConfigError: they are wrapped in something whose gradient reduction was not proven right.
-    """
-    for chunk in model:
-        name = type(chunk).__name__
-        if "FullyShardedDataParallel" in name:
-            raise ConfigError(
-                f"--moe-lbl-scope is not supported with {name} (Megatron FSDP, FSDP2) yet; allowed: Megatron's DDP"
-            )

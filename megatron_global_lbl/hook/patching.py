@@ -5,21 +5,40 @@ from __future__ import annotations
 import functools
 import importlib
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 from megatron_global_lbl.hook.versions import SUPPORTED, UnsupportedMegatron, installed_version
 
 _MARK = "__megatron_global_lbl__"
 
 
+class _Installed(NamedTuple):
+    path: str
+    owner: Any
+    name: str
+    original: Any
+    own: bool  # the owner had it itself, and did not inherit it
+    replacement: Any
+
+    @property
+    def is_there(self) -> bool:
+        return vars(self.owner).get(self.name) is self.replacement
+
+
 class Patches:
     """Symbols replaced by one registration."""
 
     def __init__(self) -> None:
-        self._installed: list[tuple[str, Any, str, Any, Any]] = []
+        self._installed: list[_Installed] = []
 
-    def wrap(self, module_name: str, symbol: str, make: Callable[[Callable], Callable]) -> None:
+    def wrap(self, module_name: str, symbol: str, make: Callable[[Callable], Callable], *, inherited: bool = False) -> None:
         """Replace `symbol` ("function" or "Class.method") of a module by `make(original)`.
+
+        Args:
+            module_name: the module.
+            symbol: the function in it.
+            make: gives the replacement.
+            inherited: the class may have it from a class above.
 
         Raises:
             UnsupportedMegatron: the module or the symbol is not there, or is replaced already.
@@ -30,8 +49,8 @@ class Patches:
             *outer, name = symbol.split(".")
             for part in outer:
                 owner = getattr(owner, part)
-            # From the owner's own dictionary: an inherited method is not this symbol.
-            original = vars(owner)[name]
+            # From the owner's own dictionary: an inherited method is another symbol.
+            original = getattr(owner, name) if inherited else vars(owner)[name]
         except (ModuleNotFoundError, AttributeError, KeyError) as error:
             raise UnsupportedMegatron(
                 f"{path} is not where it should be in Megatron-Core {installed_version()}; supported: {SUPPORTED}"
@@ -40,18 +59,18 @@ class Patches:
             raise UnsupportedMegatron(f"{path} is replaced already by another copy of megatron_global_lbl")
         replacement = functools.wraps(original)(make(original))
         setattr(replacement, _MARK, path)
-        self._installed.append((path, owner, name, original, replacement))
+        self._installed.append(_Installed(path, owner, name, original, name in vars(owner), replacement))
         setattr(owner, name, replacement)
 
     @property
     def paths(self) -> list[str]:
         """Dotted paths of what is replaced."""
-        return [path for path, *_ in self._installed]
+        return [entry.path for entry in self._installed]
 
     @property
     def lost(self) -> list[str]:
         """Dotted paths of what somebody else has replaced since."""
-        return [path for path, owner, name, _, replacement in self._installed if vars(owner)[name] is not replacement]
+        return [entry.path for entry in self._installed if not entry.is_there]
 
     def restore(self) -> None:
         """Put every original back, the latest first.
@@ -60,11 +79,13 @@ class Patches:
             RuntimeError: somebody else has replaced a symbol since; that symbol is left to them, all others are restored.
         """
         foreign = []
-        for path, owner, name, original, replacement in reversed(self._installed):
-            if vars(owner)[name] is replacement:
-                setattr(owner, name, original)
+        for entry in reversed(self._installed):
+            if not entry.is_there:
+                foreign.append(entry.path)
+            elif entry.own:
+                setattr(entry.owner, entry.name, entry.original)
             else:
-                foreign.append(path)
+                delattr(entry.owner, entry.name)
         self._installed.clear()
         if foreign:
             raise RuntimeError(f"replaced by somebody else since, so not restored: {', '.join(foreign)}")

@@ -1,4 +1,4 @@
-"""Hooks the end of an optimizer step in `finalize_model_grads` (0.14 to 0.19).
+"""Hooks the beginning and the end of a model's optimizer step (0.14 to 0.19).
 
 `finalize_model_grads` itself is handed around by value (the training loop, Megatron Bridge), so a symbol that it looks up
 when it runs is replaced instead:
@@ -6,43 +6,53 @@ when it runs is replaced instead:
     _allreduce_non_tensor_model_parallel_grads   called once per step, after the last backward, by it alone
     reset_model_temporary_tensors                since 0.15: called after it, and after the capture of CUDA graphs, whose
                                                  warm-up forwards must not be counted
+    DistributedDataParallel.zero_grad_buffer     a step starts from zero gradients: what a failed one counted is void
 """
 
 from __future__ import annotations
 
 import sys
 
-from megatron_global_lbl.engine import Engine
-from megatron_global_lbl.hook import compatibility
+from megatron_global_lbl.core.engine import Engine
+from megatron_global_lbl.hook import compatibility, refusals
+from megatron_global_lbl.hook.models import routers_of
 from megatron_global_lbl.hook.patching import Patches
-from megatron_global_lbl.settings import ConfigError
 
 FINALIZE = "megatron.core.distributed.finalize_model_grads"
+DDP = "megatron.core.distributed.distributed_data_parallel"
 
 
 def install(patches: Patches, engine: Engine) -> None:
-    """Let the end of every step report to `engine`."""
+    """Let the steps of every model report to `engine`."""
+
+    def wrap_begin(original):
+        def zero_grad_buffer(self, *args, **kwargs):
+            if engine.has_counted:
+                engine.begin_step(routers_of(self).values())
+            return original(self, *args, **kwargs)
+
+        return zero_grad_buffer
 
     def wrap_end(original):
         def allreduce_non_tensor_model_parallel_grads(model, *args, **kwargs):
-            compatibility.refuse_unsupported_model(model)
-            if not engine.has_counted and patches.lost and compatibility.has_routers(model):
-                raise ConfigError(
-                    f"no router of this step reported to --moe-lbl-scope: {', '.join(patches.lost)} was replaced after "
-                    "`register`; allowed: register after whatever replaces it"
-                )
-            engine.end_step(current_iteration())
+            refusals.refuse_model(model)
+            routers = routers_of(model).values()
+            counted = engine.end_step(routers)
+            if not counted and any(router.training for router in routers):
+                refusals.refuse_replaced_symbols(patches.lost)
             return original(model, *args, **kwargs)
 
         return allreduce_non_tensor_model_parallel_grads
 
     def wrap_reset(original):
-        def reset_model_temporary_tensors(*args, **kwargs):
-            engine.discard()
-            return original(*args, **kwargs)
+        def reset_model_temporary_tensors(config, model, *args, **kwargs):
+            if engine.has_counted:  # in `finalize_model_grads` the step has ended already
+                engine.discard(routers_of(model).values())
+            return original(config, model, *args, **kwargs)
 
         return reset_model_temporary_tensors
 
+    patches.wrap(DDP, "DistributedDataParallel.zero_grad_buffer", wrap_begin)
     patches.wrap(FINALIZE, "_allreduce_non_tensor_model_parallel_grads", wrap_end)
     if compatibility.has_global_aux_loss():
         patches.wrap(FINALIZE, "reset_model_temporary_tensors", wrap_reset)

@@ -70,7 +70,7 @@ class _FakedGraph:
     def __init__(self) -> None:
         from recorded_graph import RecordedGraph
 
-        from megatron_global_lbl import balance, collective, engine
+        from megatron_global_lbl.core import balance, collective, engine
 
         self._graph = RecordedGraph()
         self._modules = (balance, collective, engine)

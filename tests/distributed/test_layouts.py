@@ -107,11 +107,7 @@ def test_low_precision(workers, scope, dtype, layout):
 @pytest.mark.parametrize("scope", SCOPES)
 def test_multi_token_prediction(workers, scope, layout, applications):
     """A MoE layer of multi-token prediction, applied once or (`--mtp-use-repeated-layer`) twice with half the strength."""
-    own_counts = {"micro_coeff": 0.003} if layout.recompute is None else {}
-    if layout.recompute and applications > 1 and scope == "dp":
-        pytest.skip("refused: see test_refusals.py")
-    dp = 2 // layout.pp
-    problem = Problem(scope, dp, 3, 2, masks="uneven", mtp_applications=applications, **own_counts)
+    problem = Problem(scope, 2 // layout.pp, 3, 2, masks="uneven", mtp_applications=applications, micro_coeff=0.003)
     check(workers, problem, layout)
 
 

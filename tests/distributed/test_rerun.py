@@ -26,7 +26,7 @@ def window_after(problem, layout, writes_checkpoint: bool):
             machine = RerunStateMachine(mode=RerunMode.VALIDATE_RESULTS)
             machine.state = RerunState.WILL_RERUN_FROM_CHECKPOINT
             assert machine.should_checkpoint_and_exit()[:2] == (True, True)
-        return handle.state_dict()["window"]
+        return {key: layer["counts"] for key, layer in handle.state_dict()["layers"].items()}
 
 
 def test_a_checkpoint_from_which_a_step_is_run_again(workers):

@@ -83,12 +83,6 @@ def test_describes_the_balance_batch(command_line, line):
     assert line in flags.describe(args, settings)[0]
 
 
-def test_says_by_what_factor_a_taken_over_loss_changes():
-    args = arguments(*GLOBAL, moe_router_load_balancing_type="global_aux_loss")
-    lines = flags.describe(args, Settings.create(scope="global"))
-    assert any("global_aux_loss is taken over" in line and "factor of 8" in line for line in lines)
-
-
 def test_flags_have_a_group_of_their_own():
     parser = flags.add_arguments(argparse.ArgumentParser())
     help_text = parser.format_help()

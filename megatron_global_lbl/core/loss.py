@@ -17,20 +17,6 @@ import torch
 from torch import Tensor
 
 
-def expert_frequencies(tokens_per_expert: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """f, the share of selections per expert.
-
-    Args:
-        tokens_per_expert: [E] integer counts over the balance batch.
-        dtype: of the result.
-
-    Returns:
-        [E], sums to 1; zeros when nothing was counted (a balance batch without valid tokens has no gradient either).
-    """
-    counts_E = tokens_per_expert.detach()
-    return counts_E.to(dtype) / counts_E.sum().clamp(min=1).to(dtype)
-
-
 def score_gradient(
     *, tokens_per_expert: Tensor, num_tokens: int | Tensor, coeff: float = 1.0, dtype: torch.dtype = torch.float32
 ) -> Tensor:
@@ -46,8 +32,12 @@ def score_gradient(
         [..., E], alpha * E * f_i / num_tokens; zeros when nothing was counted.
     """
     counts = tokens_per_expert.detach()
-    # In floating point: the product of two large integers would overflow. Integers divided by a float32 give float32.
-    divisor = (counts.sum(dim=-1, keepdim=True, dtype=dtype) * num_tokens).clamp(min=1)
+    if dtype is not torch.float32:
+        counts = counts.to(dtype)
+    # In floating point: the product of two large integers would overflow.
+    tokens = num_tokens.to(dtype) if isinstance(num_tokens, Tensor) else float(num_tokens)
+    # Integers times and divided by a float32 give float32, without a cast of their own.
+    divisor = (counts.sum(dim=-1, keepdim=True) * tokens).clamp(min=1)
     return counts / divisor * (coeff * counts.shape[-1])
 
 

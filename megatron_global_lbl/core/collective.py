@@ -8,6 +8,7 @@ their backward does: that is why nothing is ever started in a backward.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -30,16 +31,25 @@ class Reduction:
         self._work: dist.Work | None = None
         if group is not None and group.size() > 1:
             self._work = dist.all_reduce(buffer, group=group, async_op=True)
-            # A CUDA graph must contain the wait for what it starts.
-            if blocking or is_capturing(buffer):
+            if blocking:
                 self.wait()
+            if is_capturing(buffer):
+                # A CUDA graph contains the wait for what it starts, and no other graph may wait for it.
+                self.wait()
+                self._work = None
 
     def wait(self) -> Tensor:
-        """The sum over the group. On NCCL this makes the stream wait, not the host; calling it again costs nothing."""
+        """The sum over the group. On NCCL the current stream waits, not the host; every stream that reads it has to."""
         if self._work is not None:
             self._work.wait()
-            self._work = None
         return self._buffer
+
+
+def gather_objects(value: Any, group: dist.ProcessGroup) -> list[Any]:
+    """`value` of every rank of the group, on every rank: when a checkpoint is written."""
+    values: list[Any] = [None] * group.size()
+    dist.all_gather_object(values, value, group=group)
+    return values
 
 
 @dataclass(frozen=True)
@@ -53,6 +63,7 @@ class BalanceGroup:
         size: data-parallel ranks in `counted`.
         index: which part of the stage `counted` is.
         parts: number of such parts in the stage.
+        leads: this rank is the first of `model`: what is counted once per data-parallel rank is counted by it.
     """
 
     stage: dist.ProcessGroup
@@ -61,6 +72,7 @@ class BalanceGroup:
     size: int
     index: int
     parts: int
+    leads: bool
 
     @staticmethod
     def create(stage: dist.ProcessGroup, model: dist.ProcessGroup, group_size: int | None) -> BalanceGroup:
@@ -74,8 +86,9 @@ class BalanceGroup:
                 lie side by side in the stage.
         """
         data_parallel_size = stage.size() // model.size()
+        leads = model.rank() == 0
         if group_size is None or group_size == data_parallel_size:
-            return BalanceGroup(stage, model, stage, data_parallel_size, 0, 1)
+            return BalanceGroup(stage, model, stage, data_parallel_size, 0, 1, leads)
         if data_parallel_size % group_size:
             raise ConfigError(f"--moe-lbl-group-size {group_size} does not divide the data-parallel size {data_parallel_size}")
         ranks = sorted(dist.get_process_group_ranks(stage))
@@ -87,4 +100,4 @@ class BalanceGroup:
                 f"{dist.get_process_group_ranks(model)} of {ranks}"
             )
         counted = dist.new_group(members, use_local_synchronization=True)
-        return BalanceGroup(stage, model, counted, group_size, index, data_parallel_size // group_size)
+        return BalanceGroup(stage, model, counted, group_size, index, data_parallel_size // group_size, leads)

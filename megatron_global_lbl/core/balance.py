@@ -1,0 +1,137 @@
+"""The main idea: f is counted over the balance batch, and read in the backward.
+
+The forward of a micro-batch counts which experts its tokens selected and starts summing the counts over the ranks. The
+backward asks for f. That late, the balance batch of scope `global` holds every micro-batch whose forward has run: under
+pipeline parallelism these are more than the ones before it, which is why f is not read in the forward.
+
+Every valid token selects top-k experts, so the counts hold the number of tokens, too. A replayed CUDA graph runs no Python:
+what it counts is added inside of it. One class per scope; shape suffixes: T tokens on this rank, E experts.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from megatron_global_lbl.core.awaited import AwaitedBackward
+from megatron_global_lbl.core.collective import Reduction, is_capturing
+from megatron_global_lbl.core.layers import Layer
+from megatron_global_lbl.core.loss import score_gradient
+from megatron_global_lbl.settings import Scope, Sync
+
+
+def count(layer: Layer, selection: Tensor, padding_mask: Tensor | None, coeff: float | None) -> CountedForward:
+    """Count a forward that is running now, and start the reductions that the scope needs.
+
+    Args:
+        layer: whose forward it is.
+        selection: [T, E] bool, the experts that the router selected for each token.
+        padding_mask: [T] bool, True for padding; None when every token is valid.
+        coeff: alpha of the loss that is attached; None if none is.
+    """
+    if padding_mask is not None:
+        selection = selection & ~padding_mask.unsqueeze(1)
+    # int32 is enough for one micro-batch (2^31 tokens over all ranks), and is what travels.
+    counts_E = selection.sum(dim=0, dtype=torch.int32)
+    layer.captured |= is_capturing(counts_E)
+    return SCOPES[layer.table.settings.scope](layer, counts_E, coeff)
+
+
+class CountedForward(AwaitedBackward):
+    """What one forward of one layer leaves for its backward: nothing of size [T, E]."""
+
+    def __init__(self, layer: Layer, counts_E: Tensor, coeff: float | None) -> None:
+        super().__init__(layer)
+        settings = layer.table.settings
+        self.coeff = coeff
+        self._blocking = settings.sync is Sync.BLOCKING
+        # A layer that is applied several times per micro-batch adds its loss as often.
+        self._micro_coeff = settings.micro_coeff / layer.info.applications if coeff is not None else 0.0
+        self._micro = self._start(counts_E.clone(), layer.table.group.model) if self._micro_coeff else None
+
+    def _start(self, counts_E: Tensor, group: torch.distributed.ProcessGroup) -> Reduction:
+        return Reduction(counts_E, group, blocking=self._blocking)
+
+    def observe(self, score_sums_E: Tensor) -> None:
+        """Take the scores summed over the tokens, for the log."""
+        self.layer.score_sums_E += score_sums_E
+
+    def score_gradient(self, *, per_token: bool) -> Tensor:
+        """[E] gradient of the loss with respect to the scores of any token on this rank, in units in which the mean over
+        data-parallel ranks is the loss' gradient; called in the backward.
+
+        Args:
+            per_token: the schedule divides every gradient by the step's tokens afterwards (`--calculate-per-token-loss`),
+                so p must not be divided here.
+        """
+        assert self.coeff is not None
+        gradient_E = self._gradient_of_scope(self.coeff, per_token)
+        if self._micro is not None:
+            micro_E = self._micro.wait()
+            gradient_E = gradient_E + self._gradient(micro_E, micro_E, self._micro_coeff, 1, per_token)
+        return gradient_E
+
+    def _gradient_of_scope(self, coeff: float, per_token: bool) -> Tensor:
+        raise NotImplementedError
+
+    def _gradient(self, counts_E: Tensor, own_E: Tensor, coeff: float, ranks: int, per_token: bool) -> Tensor:
+        """f from `counts_E`; p a mean over this micro-batch's tokens of one rank: selections `own_E` / (topk * ranks)."""
+        if per_token:
+            return score_gradient(tokens_per_expert=counts_E, num_tokens=1, coeff=coeff)
+        selections = own_E.sum(dtype=torch.float32)
+        return score_gradient(tokens_per_expert=counts_E, num_tokens=selections, coeff=coeff * self.layer.table.topk * ranks)
+
+
+class _Dp(CountedForward):
+    """f over this micro-batch on all data-parallel ranks."""
+
+    _score_sums_E: Tensor
+
+    def __init__(self, layer: Layer, counts_E: Tensor, coeff: float | None) -> None:
+        super().__init__(layer, counts_E, coeff)
+        self._summed = self._start(counts_E, layer.table.group.counted)
+        if not is_capturing(counts_E):
+            layer.started.append(self._summed)
+
+    def observe(self, score_sums_E: Tensor) -> None:
+        self._score_sums_E = score_sums_E  # f, which they are multiplied with, is known in the backward
+
+    def _gradient_of_scope(self, coeff: float, per_token: bool) -> Tensor:
+        own_E, ranks = self._summed.wait(), self.layer.table.group.size
+        gradient_E = self._gradient(own_E, own_E, coeff, ranks, per_token)
+        unit_E = self._gradient(own_E, own_E, coeff, ranks, False) if per_token else gradient_E
+        self.layer.score_sums_E.addcmul_(unit_E, self._score_sums_E, value=1 / coeff)
+        return gradient_E
+
+
+class _Global(CountedForward):
+    """f over the step's micro-batches whose forward has run, on all data-parallel ranks."""
+
+    def __init__(self, layer: Layer, counts_E: Tensor, coeff: float | None) -> None:
+        super().__init__(layer, counts_E, coeff)
+        layer.counts_C[-1:].add_(1)
+        self._summed = self._start(counts_E, layer.table.group.counted)
+        layer.started.append(self._summed)
+        if is_capturing(counts_E):
+            layer.counts_of_step()
+
+    def _gradient_of_scope(self, coeff: float, per_token: bool) -> Tensor:
+        own_E, layer = self._summed.wait(), self.layer
+        return self._gradient(layer.counts_of_step()[:-1], own_E, coeff, layer.table.group.size, per_token)
+
+
+class _Window(CountedForward):
+    """f over the last completed steps; summed over ranks once per step, all layers together (window.py)."""
+
+    def __init__(self, layer: Layer, counts_E: Tensor, coeff: float | None) -> None:
+        super().__init__(layer, counts_E, coeff)
+        layer.counts_C[-1:].add_(1)
+        layer.counts_C[:-1].add_(counts_E)
+
+    def _gradient_of_scope(self, coeff: float, per_token: bool) -> Tensor:
+        window = self.layer.table.window
+        assert window is not None
+        return window.score_gradient(per_token=per_token)[self.layer.row] * coeff
+
+
+SCOPES = {Scope.DP: _Dp, Scope.GLOBAL: _Global, Scope.WINDOW: _Window}

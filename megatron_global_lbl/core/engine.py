@@ -1,0 +1,315 @@
+"""What one registration does in the course of a training step; knows no symbol of Megatron.
+
+The hook tells it of every router forward (`begin`, `finish`), of the end of a model's step (`end_step`), of a step that starts
+from zero gradients (`begin_step`), of forwards that were no training (`discard`: warm-up of CUDA graphs) and of a step that did
+not count (`repeat_step`). Everything is done for the routers that are named: another model's step is not touched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from weakref import WeakKeyDictionary
+
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from megatron_global_lbl.core.attach import attach_loss
+from megatron_global_lbl.core.balance import count
+from megatron_global_lbl.core.collective import BalanceGroup, is_capturing
+from megatron_global_lbl.core.layers import Layer, LayerTable
+from megatron_global_lbl.core.recompute import FirstForward, Pass, Recomputation
+from megatron_global_lbl.core.router_forward import Record, RouterForward
+from megatron_global_lbl.core.router_info import RouterInfo, RouterLoss
+from megatron_global_lbl.core.saved import restore, saved_state
+from megatron_global_lbl.settings import ConfigError, Scope, Settings
+
+Routers = Collection[nn.Module]
+
+
+class Engine:
+    """State of one registration."""
+
+    def __init__(self, settings: Settings, clock: Callable[[], int | None], record: Record | None) -> None:
+        """
+        Args:
+            settings: what was registered.
+            clock: 0-based iteration of the training loop; None in a loop that has no clock.
+            record: what looks on, if anything does.
+        """
+        self.settings = settings
+        self.recomputation = Recomputation()
+        self._clock, self._record = clock, record
+        self._layers: WeakKeyDictionary[nn.Module, Layer] = WeakKeyDictionary()
+        self._tables: list[LayerTable] = []
+        self._groups: dict[tuple[int, int], BalanceGroup] = {}
+        self._met: set[str] = set()
+        self._met_twice: str | None = None
+        self._loaded_by_key: dict[str, dict] = {}
+        self._loaded: WeakKeyDictionary[nn.Module, dict] = WeakKeyDictionary()
+        self._without_loss: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
+        self._drop_was_said = False
+
+    @property
+    def has_counted(self) -> bool:
+        """Whether a forward has run in Python since the last step's end, of any model."""
+        return any(layer.ran for layer in self._layers_of(None))
+
+    def was_trained(self, router: nn.Module) -> bool:
+        """Whether a backward of the router has run since its last step's end."""
+        return router in self._layers and self._layers[router].trained
+
+    def begin(self, router: nn.Module, find: Callable[[], RouterInfo], loss: RouterLoss | None) -> RouterForward | None:
+        """A forward of a router in training mode starts; None if it is not one to look at.
+
+        Args:
+            router: whose forward it is.
+            find: gives what is to be known of it; asked once.
+            loss: its auxiliary loss in this forward; None if the coefficient is 0.
+        """
+        layer = self._layers.get(router)
+        which = self.recomputation.current_pass(lambda: (layer.info if layer else find()).key)
+        if which is Pass.NONE:
+            return None
+        if layer is None:
+            layer = self._new_layer(router, find())
+        if which is Pass.HANDED_DOWN:
+            self.recomputation.hand_down(layer)
+            return None
+        if which is Pass.SECOND:
+            counted = self.recomputation.call.take_up(layer).counted
+            return RouterForward(layer, which, loss, counted is not None and counted.coeff is not None, counted)
+        started = self._iteration(layer) >= self.settings.start_iter
+        return RouterForward(layer, which, loss, loss is not None and started and self.settings.scope is not Scope.MICRO)
+
+    def finish(self, forward: RouterForward, *, probs: Tensor, padding_mask: Tensor | None) -> Tensor:
+        """The forward is over.
+
+        Args:
+            forward: what `begin` gave.
+            probs: [T, E] the router's output.
+            padding_mask: [T] bool, True for padding, or None.
+
+        Returns:
+            probs, with the loss attached if it is this plugin's to attach.
+        """
+        layer, selection, scores = forward.layer, forward.selection, forward.scores
+        assert selection is not None
+        layer.ran = True
+        if is_capturing(selection) and (self._record is not None or self.settings.start_iter):
+            raise ConfigError(
+                "--moe-lbl-metrics-dir and --moe-lbl-start-iter are not supported with CUDA graphs of the router; allowed: "
+                "without them, or graphs of other modules"
+            )
+        if self._record is not None and scores is not None:
+            self._record.observe(layer, scores=scores, selection=selection, padding_mask=padding_mask)
+        counted = forward.counted
+        # A window fills while the loss is Megatron's, too.
+        if forward.which is not Pass.SECOND and (forward.replaces or self.settings.scope is Scope.WINDOW):
+            coeff = forward.loss.coeff if forward.replaces and forward.loss is not None else None
+            counted = count(layer, selection, padding_mask, coeff)
+        if forward.which is Pass.FIRST:
+            call = self.recomputation.call
+            call.keep(FirstForward(layer, counted))
+            if forward.replaces and call.trained and counted is not None:
+                counted.await_backward()
+            return probs
+        if not forward.replaces or counted is None:
+            return probs
+        assert scores is not None and forward.loss is not None
+        layer.kind = forward.loss.kind
+        counted.observe(scores.detach().sum(dim=0))
+        if not (probs.requires_grad or scores.requires_grad):  # all that leads here is frozen
+            counted.backward_has_come()
+            return probs
+        if forward.which is Pass.ONLY:
+            counted.await_backward()
+        return attach_loss(probs=probs, scores=scores, counted=counted)
+
+    def note_router_without_loss(self, router: nn.Module) -> None:
+        """A forward of a router that has no auxiliary loss for the scope to act on, whatever its coefficients."""
+        self._without_loss.setdefault(router, 0)
+
+    def begin_step(self, routers: Routers) -> None:
+        """The gradients of these routers are zero: what was counted for them counts for nothing.
+
+        Raises:
+            ConfigError: no step's end is ever found, without which scope `window` and `--moe-lbl-start-iter` do nothing.
+        """
+        left = [layer for layer in self._layers_of(routers) if layer.ran]
+        if not left:
+            return
+        # A step can fail, and a warm-up is not ended. Two in a row are a loop whose step ends are not seen.
+        for layer in left:
+            layer.unfinished += layer.trained
+        if any(layer.unfinished > 1 for layer in left):
+            raise ConfigError(
+                "two steps in a row began before the one before them was ended; allowed: a loop that calls Megatron's "
+                "finalize_model_grads, or megatron_global_lbl.end_step() after the last backward of a step"
+            )
+        self._say_dropped(left)
+        self._drop(left)
+
+    def discard(self, routers: Routers | None = None) -> None:
+        """Forget what was counted since the last step's end: no optimizer step follows it. None: of all routers."""
+        self._drop([layer for layer in self._layers_of(routers) if layer.ran])
+
+    def end_step(self, routers: Routers | None) -> bool:
+        """The optimizer step's backward passes of these routers are over (None: of all that ran); whether any was counted.
+
+        Raises:
+            ConfigError: the step's routers had no auxiliary loss to act on, or forwards that were counted were not trained on.
+        """
+        # A replayed CUDA graph counts without Python.
+        ended = [layer for layer in self._layers_of(routers) if layer.ran or layer.captured]
+        for layer in ended:
+            if layer.awaited:
+                raise ConfigError(
+                    f"{layer.awaited} forwards of MoE layer {layer.info.key} were counted, and the step ended without their "
+                    "backward; allowed: forwards that are not trained on under torch.no_grad() or after model.eval(), and a "
+                    "model's step end after all its backwards"
+                )
+        if not ended:
+            self._refuse_nothing_to_act_on(routers)
+            return False
+        iteration = self._iteration(ended[0])
+        for table in list(self._tables):
+            of_table = [layer for layer in table.layers if layer in ended]
+            if of_table and len(of_table) < len(table.layers):
+                at = self._tables.index(table)
+                self._tables[at : at + 1] = table.parted(of_table)
+                table = self._tables[at]
+            if of_table:
+                table.end_step()
+        if self._record is not None:
+            self._record.end_step(ended, iteration)
+        return True
+
+    def begin_iteration(self) -> None:
+        """An iteration of the training loop begins that is no repetition: what ended before it stays."""
+        for table in self._tables:
+            table.can_repeat = False
+
+    def repeat_step(self, routers: Routers | None = None) -> None:
+        """The step of these routers that ended last is run again, or a checkpoint goes back before it."""
+        self.discard(routers)
+        layers = self._layers_of(routers)
+        for table in self._tables:
+            if any(layer in layers for layer in table.layers):
+                table.repeat_step()
+
+    def close(self) -> None:
+        """Leave nothing under way; a backward that still comes says that it comes too late."""
+        for table in self._tables:
+            table.settle()
+            table.removed = True
+
+    def state(self, routers: Mapping[str, nn.Module] | None) -> dict[str, dict]:
+        """What must travel in a checkpoint, by the routers' names; None: of all layers that were met.
+
+        Returns:
+            {name: {"steps": completed, and for `window` "counts" [steps, G, E + 1] int64 with what they depend on}}.
+
+        Raises:
+            ConfigError: no routers were named, and layers of several models were met.
+        """
+        if routers is None:
+            self._require_one_model()
+            return {**self._loaded_by_key, **{layer.info.key: saved_state(layer) for layer in self._layers_of(None)}}
+        found = {name: self._layers.get(router) for name, router in routers.items()}
+        entries = {name: saved_state(layer) for name, layer in found.items() if layer is not None}
+        waiting = {name: self._loaded[router] for name, router in routers.items() if router in self._loaded}
+        return {**waiting, **entries}
+
+    def load(self, state: dict[str, dict], routers: Mapping[str, nn.Module] | None) -> None:
+        """Continue from `state()`; routers whose first forward is still to come take theirs up then.
+
+        Raises:
+            ConfigError: it belongs to another model; or no routers were named, though some were met already.
+        """
+        if routers is None:
+            if self._met:
+                raise ConfigError(
+                    "load_state_dict after the first forward needs to be told whose state it is; allowed: model=... with the "
+                    "model or its chunks"
+                )
+            self._loaded_by_key = dict(state)
+            return
+        for name, router in routers.items():
+            if name not in state:
+                continue
+            layer = self._layers.get(router)
+            if layer is None:
+                self._loaded[router] = state[name]
+            else:
+                restore(layer, state[name])
+
+    def _layers_of(self, routers: Routers | None) -> list[Layer]:
+        """In the order in which they were met, the same on all ranks of a stage; None: those of models that are gone, too."""
+        if routers is None:
+            return [layer for table in self._tables for layer in table.layers]
+        return [self._layers[router] for router in routers if router in self._layers]
+
+    def _iteration(self, layer: Layer) -> int:
+        iteration = self._clock()
+        return layer.steps if iteration is None else iteration
+
+    def _new_layer(self, router: nn.Module, info: RouterInfo) -> Layer:
+        group = self._groups.get((id(info.stage), id(info.model)))
+        if group is None:
+            group = BalanceGroup.create(info.stage, info.model, self.settings.group_size)
+            self._groups[id(info.stage), id(info.model)] = group
+        self._forget_models_that_are_gone()
+        table = next((table for table in self._tables if table.takes(info, group)), None)
+        if table is None:
+            table = LayerTable(info.num_layers, info, group, self.settings)
+            self._tables.append(table)
+        layer = self._layers[router] = Layer(info, table)
+        if info.key in self._met:
+            self._met_twice = info.key
+        self._met.add(info.key)
+        loaded = self._loaded.pop(router, None) or self._loaded_by_key.pop(info.key, None)
+        if loaded is not None:
+            restore(layer, loaded)
+        return layer
+
+    def _forget_models_that_are_gone(self) -> None:
+        """Ranks collect them at different times: so only tables that no layer will join and no step's end will ask for."""
+        alive = set(self._layers.values())
+        self._tables = [
+            table
+            for table in self._tables
+            if table.takes_more or any(layer in alive or layer.ran or layer.captured for layer in table.layers)
+        ]
+
+    def _drop(self, layers: list[Layer]) -> None:
+        for table in self._tables:
+            of_table = [layer for layer in table.layers if layer in layers]
+            if of_table:
+                table.drop_step(of_table)
+        if self._record is not None and layers:
+            self._record.drop(layers)
+
+    def _refuse_nothing_to_act_on(self, routers: Routers | None) -> None:
+        """A model without a loss may stand beside one with, whose first step is still to come: so not at its first end."""
+        of_step = [router for router in self._without_loss if routers is None or router in routers]
+        for router in of_step:
+            self._without_loss[router] += 1
+        if not self._met and any(self._without_loss[router] > 1 for router in of_step):
+            raise ConfigError(
+                f"--moe-lbl-scope {self.settings.scope.value} has nothing to act on: no router of this step has "
+                "aux_loss or global_aux_loss in --moe-router-load-balancing-type"
+            )
+
+    def _say_dropped(self, layers: list[Layer]) -> None:
+        if any(layer.captured for layer in layers):  # the warm-up of CUDA graphs
+            return
+        if not self._drop_was_said and dist.get_rank() == min(dist.get_process_group_ranks(layers[0].info.stage)):
+            print("> moe-lbl: forwards were counted that no step's end followed; their counts are dropped", flush=True)
+        self._drop_was_said = True
+
+    def _require_one_model(self) -> None:
+        if self._met_twice is not None:
+            raise ConfigError(
+                f"MoE layer {self._met_twice} was met in two models, whose states must not be mixed; allowed: "
+                "state_dict(model=...) with the model or its chunks"
+            )

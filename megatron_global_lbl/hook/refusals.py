@@ -1,0 +1,149 @@
+"""What cannot be right, each said once: before training with Megatron's arguments, and at the first forward with the
+configuration, which name these things alike. Every message names what was found and what is allowed.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megatron_global_lbl.hook import compatibility
+from megatron_global_lbl.settings import ConfigError, Scope, Settings, flag
+
+ACTED_ON = ("aux_loss", "global_aux_loss")
+CHECKPOINT_FORMATS = ("torch", "torch_dist")
+
+
+def asked_for(settings: Settings) -> str:
+    """The flag that needs a load-balancing loss: the scope, or in scope `micro` the record of it."""
+    if settings.scope is Scope.MICRO:
+        return f"{flag('metrics_dir')} {settings.metrics_dir}"
+    return f"{flag('scope')} {settings.scope.value}"
+
+
+def losses(args: Any) -> dict[str, float]:
+    """Coefficient by type of auxiliary loss, from Megatron's two ways of writing them."""
+    kinds, coeffs = args.moe_router_load_balancing_type, args.moe_aux_loss_coeff
+    kinds = [kinds] if isinstance(kinds, str) else list(kinds)
+    coeffs = list(coeffs) if isinstance(coeffs, (list, tuple)) else [coeffs]
+    return dict(zip(kinds, coeffs))
+
+
+def refuse_arguments(args: Any, settings: Settings) -> None:
+    """All that can be told from Megatron's validated arguments.
+
+    Raises:
+        ConfigError: the settings cannot work with them.
+    """
+    chosen = asked_for(settings)
+    refuse_nothing_to_act_on(args, chosen)
+    settings.require_group_size_fits(args.data_parallel_size)
+    for name in ("use_megatron_fsdp", "use_torch_fsdp2", "use_custom_fsdp"):
+        if getattr(args, name, False):
+            raise ConfigError(f"{chosen} is not supported with --{name.replace('_', '-')} yet; allowed: Megatron's DDP")
+    refuse_graphs_of_iteration(args, chosen)
+    if compatibility.cuda_graphs(args) != "none":
+        for name in ("metrics_dir", "start_iter"):  # both need Python in every forward
+            if getattr(settings, name):
+                raise ConfigError(f"{flag(name)} {getattr(settings, name)} is not supported with CUDA graphs; allowed: without")
+    if settings.scope is Scope.WINDOW:
+        refuse_window(args, chosen)
+
+
+def refuse_nothing_to_act_on(args: Any, chosen: str) -> None:
+    """
+    Raises:
+        ConfigError: no MoE, no load-balancing loss, two of them, or one with coefficient 0.
+    """
+    if not args.num_experts:
+        raise ConfigError(f"{chosen} needs a mixture of experts: --num-experts is not set")
+    found = {kind: coeff for kind, coeff in losses(args).items() if kind in ACTED_ON}
+    if not found:
+        kinds = " ".join(losses(args))
+        raise ConfigError(
+            f"{chosen} has nothing to act on: --moe-router-load-balancing-type is {kinds}; allowed: aux_loss, alone or in a "
+            "list (or global_aux_loss, which is taken over)"
+        )
+    refuse_two_losses(list(found), chosen)
+    for kind, coeff in found.items():
+        if not coeff > 0:
+            raise ConfigError(
+                f"{chosen} has nothing to act on: --moe-aux-loss-coeff is {coeff:g} for {kind}; allowed: a number > 0"
+            )
+
+
+def refuse_two_losses(kinds: list[str], chosen: str) -> None:
+    """
+    Raises:
+        ConfigError: both losses that a scope could act on are there: which one should become global is not to be guessed.
+    """
+    if len(kinds) > 1:
+        raise ConfigError(
+            f"{chosen} with --moe-router-load-balancing-type {' '.join(kinds)}: which of them it should act on is ambiguous; "
+            f"allowed: one of them, and {flag('micro_coeff')} for a micro-batch loss beside it"
+        )
+
+
+def refuse_graphs_of_iteration(config: Any, chosen: str) -> None:
+    """
+    Raises:
+        ConfigError: the step's end would be replayed without the Python that keeps the books.
+    """
+    if compatibility.cuda_graphs(config) == "iteration":
+        raise ConfigError(f"{chosen} is not supported with full_iteration CUDA graphs; allowed: CUDA graphs of layers")
+
+
+def refuse_window(args: Any, chosen: str) -> None:
+    """
+    Raises:
+        ConfigError: the window could not be saved.
+    """
+    if getattr(args, "mtp_num_layers", None) and args.pipeline_model_parallel_size > 1:
+        if not compatibility.tells_mtp_routers():
+            raise ConfigError(
+                f"{chosen} with --mtp-num-layers {args.mtp_num_layers} and --pipeline-model-parallel-size "
+                f"{args.pipeline_model_parallel_size} needs Megatron-Core >= 0.17 (before, routers of multi-token prediction "
+                f"cannot be told from others in a checkpoint); allowed here: {flag('scope')} dp or global"
+            )
+    if args.save:
+        refuse_checkpoint_format(args.ckpt_format, chosen)
+
+
+def refuse_checkpoint_format(name: str, chosen: str) -> None:
+    """
+    Raises:
+        ConfigError: a checkpoint of this format cannot carry the window.
+    """
+    if name not in CHECKPOINT_FORMATS:
+        allowed = ", ".join(CHECKPOINT_FORMATS)
+        raise ConfigError(f"{chosen} cannot be saved with --ckpt-format {name}; allowed: {allowed} (or no --save)")
+
+
+def refuse_model(model: list) -> None:
+    """
+    Args:
+        model: the wrapped model chunks that `finalize_model_grads` was given.
+
+    Raises:
+        ConfigError: they are wrapped in something whose gradient reduction was not proven right.
+    """
+    for chunk in model:
+        name = type(chunk).__name__
+        if "FullyShardedDataParallel" in name:
+            raise ConfigError(
+                f"--moe-lbl-scope is not supported with {name} (Megatron FSDP, FSDP2) yet; allowed: Megatron's DDP"
+            )
+
+
+def refuse_replaced_symbols(lost: list[str]) -> None:
+    """
+    Args:
+        lost: dotted paths of symbols that somebody else replaced, in a step whose routers did not report.
+
+    Raises:
+        ConfigError: there are some.
+    """
+    if lost:
+        raise ConfigError(
+            f"no router of this step reported to --moe-lbl-scope: {', '.join(lost)} was replaced after "
+            "`register`; allowed: register after whatever replaces it"
+        )

@@ -1,0 +1,1 @@
+"""What a training shows of its balance. Reads what the core counts, changes nothing."""
