@@ -31,10 +31,10 @@ class Finding(NamedTuple):
 
 
 def probe_all() -> dict[str, Finding]:
-    """A finding per defect, in a process in which nothing of Megatron has been imported; `cpu.install()` is called here."""
-    from megatron_global_lbl import cpu
+    """A finding per defect, in a process in which nothing of Megatron has been imported. Installs CPU mode."""
+    import megatron_cpu
 
-    cpu.install()
+    megatron_cpu.install()
     findings = {}
     for defect, probe in PROBES.items():
         try:
@@ -246,9 +246,9 @@ PROBES: dict[str, Callable[[], Finding]] = {
 
 def has_global_aux_loss() -> bool:
     """Whether there is a `global_aux_loss` at all (since 0.15)."""
-    from megatron_global_lbl import cpu
+    import megatron_cpu
 
-    cpu.install()
+    megatron_cpu.install()
     router_class = importlib.import_module("megatron.core.transformer.moe.router").TopKRouter
     return hasattr(router_class, "_apply_global_aux_loss")
 
