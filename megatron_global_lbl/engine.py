@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from megatron_global_lbl.attach import attach_loss
 from megatron_global_lbl.balance import LayerBalance
 from megatron_global_lbl.collective import BalanceGroup, is_capturing
-from megatron_global_lbl.defects import takeover_notice
 from megatron_global_lbl.facts import RouterFacts
+from megatron_global_lbl.hook.log import takeover_notice
 from megatron_global_lbl.logged_loss import step_losses
 from megatron_global_lbl.passes import Pass
 from megatron_global_lbl.record import BalanceRecord

@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 from megatron_global_lbl import registry
-from megatron_global_lbl.defects import takeover_notice
+from megatron_global_lbl.hook.log import takeover_notice
 from megatron_global_lbl.settings import DEFAULT_WINDOW_STEPS, ConfigError, Scope, Settings, flag
 
 GROUP = "mixture-of-experts load-balancing loss"

@@ -7,5 +7,6 @@ scores       the scores of the auxiliary loss, without upstream's own selection
 step         the end of a step: `finalize_model_grads` -> Engine.end_step
 rerun        iterations that Megatron runs again -> Engine.repeat_step
 checkpoint   the window in Megatron's checkpoint
+log          what is said in Megatron's log
 arguments    Megatron's parser and its validation -> flags.py
 """
