@@ -34,10 +34,17 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.10",
-    # patches/ travels inside the package, for `megatron-lbl patch`.
-    packages=[*find_packages(include=["megatron_global_lbl", "megatron_global_lbl.*"]), "megatron_global_lbl.patches"],
+    # The plugin and the CPU mode beside it; patches/ travels inside the plugin, for `megatron-lbl patch`.
+    packages=[
+        *find_packages(include=["megatron_global_lbl", "megatron_global_lbl.*", "megatron_cpu"]),
+        "megatron_global_lbl.patches",
+    ],
     package_dir={"megatron_global_lbl.patches": "patches"},
-    package_data={"megatron_global_lbl": ["py.typed"], "megatron_global_lbl.patches": ["*.patch", "checksums.json"]},
+    package_data={
+        "megatron_global_lbl": ["py.typed"],
+        "megatron_cpu": ["py.typed"],
+        "megatron_global_lbl.patches": ["*.patch", "checksums.json"],
+    },
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["megatron-lbl = megatron_global_lbl.command:main"]},
 )

@@ -80,9 +80,9 @@ def main() -> None:
     """Measure, and print the report on rank 0."""
     args = parse_arguments()
     if args.cpu:
-        from megatron_global_lbl import cpu
+        import megatron_cpu
 
-        cpu.install()
+        megatron_cpu.install()
     start(gpu=not args.cpu)
     compute, latency, rows = Compute(args.layer / 1000), Latency(), []
     with latency.installed():

@@ -305,9 +305,9 @@ def main() -> None:
     """Measure and print the report on rank 0."""
     args = parse_arguments()
     if args.cpu:
-        from megatron_global_lbl import cpu
+        import megatron_cpu
 
-        cpu.install()
+        megatron_cpu.install()
     start(gpu=not args.cpu)
     router_dtype = "fp32" if args.router_dtype == "fp32" else None
     parts = [machine(gpu=not args.cpu), f"Data-parallel ranks: {dist.get_world_size()}. Router dtype: {args.router_dtype}."]

@@ -258,9 +258,9 @@ def main() -> None:
     if "RANK" not in os.environ:
         raise SystemExit("step_cost.py: start it with torchrun, with 2 ranks or more (RANK is not set)")
     if args.cpu:
-        from megatron_global_lbl import cpu
+        import megatron_cpu
 
-        cpu.install()
+        megatron_cpu.install()
     latencies = [milliseconds / 1000 for milliseconds in args.latency]
     visits = plan(latencies, args.rounds, args.steps, args.losses)
     ranks = int(os.environ["WORLD_SIZE"])

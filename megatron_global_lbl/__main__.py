@@ -34,9 +34,9 @@ def main(argv: list[str]) -> None:
     sys.path.insert(0, str(script.resolve().parent))
     sys.argv = argv
     if cpu_mode:
-        from megatron_global_lbl import cpu
+        import megatron_cpu
 
-        cpu.install()
+        megatron_cpu.install()
     from megatron_global_lbl.hook import arguments
 
     try:

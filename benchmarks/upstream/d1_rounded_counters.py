@@ -28,11 +28,11 @@ def frequencies(scope: str | None) -> list[tuple[list[float], list[int]]]:
     """In a worker: per micro-batch (f of the gradient, selections so far); scope None is upstream."""
     import contextlib
 
+    import one_router
     import torch
     from megatron.core import parallel_state
 
     import megatron_global_lbl as lbl
-    from megatron_global_lbl.hook import one_router
 
     parallel_state.initialize_model_parallel()
     generator = torch.Generator().manual_seed(1)

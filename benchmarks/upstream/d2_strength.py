@@ -17,7 +17,8 @@ from __future__ import annotations
 import sys
 
 import side_by_side
-from side_by_side import Comparison, Finding, Layout, Pool, Problem, compare, logged, true_values, worst_error
+from logged import logged
+from side_by_side import Comparison, Finding, Layout, Pool, Problem, compare, true_values, worst_error
 
 
 def show(pool: Pool) -> Finding:

@@ -26,12 +26,12 @@ def sums_of_f(scope: str | None, tokens: tuple[tuple[int, ...], ...]) -> list[tu
     """In a worker: per micro-batch (sum of f, tokens that the loss took for the total). `tokens` is [micro-batch][rank]."""
     import contextlib
 
+    import one_router
     import torch
     import torch.distributed as dist
     from megatron.core import parallel_state
 
     import megatron_global_lbl as lbl
-    from megatron_global_lbl.hook import one_router
 
     parallel_state.initialize_model_parallel()
     generator = torch.Generator().manual_seed(1 + dist.get_rank())

@@ -24,11 +24,10 @@ LENGTH = 16
 
 def local_token_count() -> float:
     """In a worker: what upstream takes for this rank's number of valid tokens."""
+    import one_router
     import torch
     import torch.distributed as dist
     from megatron.core import parallel_state
-
-    from megatron_global_lbl.hook import one_router
 
     parallel_state.initialize_model_parallel()
     logits = torch.randn(LENGTH, 8, generator=torch.Generator().manual_seed(dist.get_rank()))

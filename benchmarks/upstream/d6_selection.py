@@ -31,11 +31,11 @@ def frequencies(scope: str | None, options: dict) -> tuple[list[float], list[int
     """In a worker: (f of the gradient, selections) of one micro-batch."""
     import contextlib
 
+    import one_router
     import torch
     from megatron.core import parallel_state
 
     import megatron_global_lbl as lbl
-    from megatron_global_lbl.hook import one_router
 
     parallel_state.initialize_model_parallel()
     options = dict(options)

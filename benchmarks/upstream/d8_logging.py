@@ -22,22 +22,17 @@ import tempfile
 from pathlib import Path
 
 import side_by_side
-from side_by_side import Finding, Layout, Pool, Problem, logged, true_values
+from logged import logged
+from logged_names import logged_names
+from side_by_side import Finding, Layout, Pool, Problem, true_values
 
 PROBLEM = Problem("global", 2, 3)
 
 
-def names_logged(loss_type: str) -> list[str] | None:
-    """In a worker: what the training loop beside this Megatron-Core logs; None without one."""
-    from megatron_global_lbl.hook.upstream_probes import logged_names
-
-    return logged_names(loss_type)
-
-
 def show(pool: Pool) -> Finding:
     whole, prefix = true_values(PROBLEM)
-    names = pool.run(names_logged, 1, "global_aux_loss")[0]
-    own_names = pool.run(names_logged, 1, "aux_loss")[0] or ["load_balancing_loss"]
+    names = pool.run(logged_names, 1, "global_aux_loss")[0]
+    own_names = pool.run(logged_names, 1, "aux_loss")[0] or ["load_balancing_loss"]
     upstream = logged(pool, PROBLEM, Layout(), None, side_by_side.UPSTREAM, names)
     with tempfile.TemporaryDirectory() as folder:
         plugin = logged(pool, PROBLEM, Layout(), {**side_by_side.PLUGIN, "metrics_dir": folder}, {}, own_names)

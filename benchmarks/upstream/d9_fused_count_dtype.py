@@ -24,11 +24,11 @@ def count_handed_over(scope: str | None, with_mask: bool) -> str:
     """In a worker: type of the token count in the call of the loss function; "not called" if it is not called."""
     import contextlib
 
+    import one_router
     import torch
     from megatron.core import parallel_state
 
     import megatron_global_lbl as lbl
-    from megatron_global_lbl.hook import one_router
 
     parallel_state.initialize_model_parallel()
     logits = torch.randn(16, 8, generator=torch.Generator().manual_seed(1))

@@ -27,11 +27,11 @@ for folder in (str(HERE), str(DISTRIBUTED)):
 import harness  # noqa: E402
 import torch  # noqa: E402
 import truth  # noqa: E402
-from harness import Layout  # noqa: E402
+from layout import Layout  # noqa: E402
 from truth import Problem  # noqa: E402
 from workers import Pool  # noqa: E402
 
-from megatron_global_lbl.defects import DEFECTS, Defect  # noqa: E402
+from megatron_global_lbl.command.defects import DEFECTS, Defect  # noqa: E402
 
 UPSTREAM = {"load_balancing_type": "global_aux_loss"}
 PLUGIN = {"scope": "global"}
@@ -153,42 +153,6 @@ def main_grad(pool: Pool, problem: Problem, layout: Layout, register: dict[str, 
     ranks = pool.run(harness.run, layout.world_size(problem), problem, layout, register, extra)
     steps = ranks[0]["grads"]
     return torch.cat([g.double().flatten() for step in steps for number in sorted(step) for g in step[number]])
-
-
-def report(problem: Problem, layout: Layout, register: dict | None, extra: dict, names: list[str]) -> dict[str, float]:
-    """In a worker: the values that Megatron's tracker reports for these names after the problem's last step."""
-    from megatron_global_lbl.hook import one_router
-
-    harness.run(problem, layout, register, extra)
-    values: dict[str, Any] = {}
-    arguments: dict[str, Any] = {
-        "loss_scale": 1 / problem.micro_batches,
-        "iteration": 1,
-        "writer": None,
-        "force_initialize": True,
-        "track_names": names,
-        "num_layers": problem.layers,
-        "total_loss_dict": values,
-    }
-    if importlib.util.find_spec("megatron.core.transformer.moe.moe_logging"):
-        from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
-
-        get_moe_metrics_tracker().report(**arguments)
-    else:  # the tracker of 0.18 ends this
-        from megatron.core.transformer.moe.moe_utils import track_moe_metrics
-
-        track_moe_metrics(**arguments)
-    one_router.forget_logged_losses()
-    return {name: float(value) for name, value in values.items()}
-
-
-def logged(
-    pool: Pool, problem: Problem, layout: Layout, register: dict | None, extra: dict, names: list[str] | None = None
-) -> dict[str, float]:
-    """Logged value by name, on rank 0; by default for the name of the loss that is on."""
-    kind = extra.get("load_balancing_type", "aux_loss")
-    names = names or [{"aux_loss": "load_balancing_loss", "global_aux_loss": "global_load_balancing_loss"}[kind]]
-    return pool.run(report, layout.world_size(problem), problem, layout, register, extra, names)[0]
 
 
 def true_values(problem: Problem) -> tuple[float, float]:

@@ -1,5 +1,6 @@
-"""Says what the Megatron-Core of this environment is, where the hook attaches to it, and which of the known defects its own
-`global_aux_loss` has. With the sizes of a training it also says over how many sequences f would be counted (Balance BSZ).
+"""Says what the Megatron-Core of this environment is, where the hook attaches to it, and which of the known defects the
+`global_aux_loss` of its release has, from a table. With the sizes of a training it also says over how many sequences f would
+be counted (Balance BSZ).
 """
 
 from __future__ import annotations
@@ -7,21 +8,17 @@ from __future__ import annotations
 import argparse
 import importlib
 import importlib.util
-import json
 import platform
-import subprocess
 import sys
 import textwrap
 from pathlib import Path
-from typing import Any
 
 from megatron_global_lbl import flags
 from megatron_global_lbl.command import environment
-from megatron_global_lbl.defects import DEFECTS
+from megatron_global_lbl.command.defects import DEFECTS, GLOBAL_AUX_LOSS_SINCE, MEASURED, as_release
 from megatron_global_lbl.settings import ConfigError, Scope, Settings
 
 SIZES = ("micro_batch_size", "global_batch_size", "data_parallel_size")
-PROBE_SECONDS = 300
 WIDTH = 120
 
 Section = tuple[str, list[str]]
@@ -53,13 +50,8 @@ def run(args: argparse.Namespace) -> int:
     if importlib.util.find_spec("torch") is None:
         print("\n".join(["this environment", *_environment()]))
         return 1
-    probes = _start_probes() if environment.folder_of("megatron") is not None else None
     sections, works = _megatron()
     sections.insert(0, ("this environment", _environment()))
-    if works and probes is not None:
-        sections.append(("upstream's global_aux_loss in this release (docs/upstream.md)", _defects(probes)))
-    elif probes is not None:
-        probes.kill()
     sections.append(("effective Balance BSZ", balance))
     print("\n\n".join("\n".join([title, *lines]) for title, lines in sections))
     return 0 if works else 1
@@ -98,7 +90,7 @@ def _look_at(tree: Path) -> None:
 
 
 def _megatron() -> tuple[list[Section], bool]:
-    """What Megatron-Core is, and where the hook attaches; whether it does."""
+    """What Megatron-Core is, where the hook attaches, and what upstream's loss has; whether the hook does attach."""
     from megatron_global_lbl.hook.versions import SUPPORTED, UnsupportedMegatron, installed_version, require_supported
 
     title = "Megatron-Core"
@@ -112,13 +104,14 @@ def _megatron() -> tuple[list[Section], bool]:
     folder = Path(str(importlib.import_module("megatron.core").__file__)).parent
     lines = [*_entry("version", version), *_entry("in", str(folder))]
     try:
-        require_supported()
+        release = require_supported()
     except UnsupportedMegatron:
         return [(title, [*lines, *_entry("supported", f"NO; supported: {SUPPORTED}")])], False
     lines += _entry("supported", f"yes (supported: {SUPPORTED})")
     lines += _entry("megatron.training", _training_loop(folder))
     hooks, attached = _hooks()
-    return [(title, lines), ("where the hook attaches", hooks)], attached
+    defects = ("upstream's global_aux_loss in this release (docs/upstream.md)", _defects(release))
+    return [(title, lines), ("where the hook attaches", hooks), defects], attached
 
 
 def _training_loop(core: Path) -> str:
@@ -155,36 +148,18 @@ def _hooks() -> tuple[list[str], bool]:
     return lines, True
 
 
-def _start_probes() -> subprocess.Popen:
-    """The probes, in a process of their own, with this one's import path."""
-    code = (
-        "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
-        "from megatron_global_lbl.hook import upstream_probes; upstream_probes.main()"
-    )
-    command = [sys.executable, "-W", "ignore", "-c", code, json.dumps(sys.path)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
-def _defects(probes: subprocess.Popen) -> list[str]:
-    """Which of the known defects were seen."""
-    try:
-        output, errors = probes.communicate(timeout=PROBE_SECONDS)
-    except subprocess.TimeoutExpired:
-        probes.kill()
-        return _entry("not looked at", f"the probes did not end within {PROBE_SECONDS} s")
-    found = next((json.loads(line) for line in reversed(output.splitlines()) if line.startswith("{")), None)
-    if probes.returncode or found is None:
-        reason = (errors.strip().splitlines() or ["no output"])[-1]
-        return _entry("not looked at", f"the probes failed: {reason}")
-    if not found:
-        return _entry("none", "this release has no global_aux_loss")
-    words = {True: "yes", False: "no", None: "not known"}
+def _defects(release: tuple[int, int]) -> list[str]:
+    """Which of the known defects the release has, from the table; nothing is run."""
+    if release < as_release(GLOBAL_AUX_LOSS_SINCE):
+        return _entry("none", f"this release has no global_aux_loss (it came with {GLOBAL_AUX_LOSS_SINCE})")
     lines = []
     for defect in DEFECTS:
-        finding: dict[str, Any] = found[defect.id]
-        lines += _entry(f"{defect.id} {words[finding['present']]}", defect.text)
-        lines += _entry("", f"seen: {finding['seen']}")
-    return lines
+        lines += _entry(f"{defect.id} {'yes' if defect.is_in(release) else 'no'}", f"{defect.text} ({defect.span})")
+    source = (
+        f"the table of this plugin, measured on {', '.join(MEASURED)}; nothing was run now. "
+        "`python benchmarks/upstream/run_all.py` in its source tree proves it on the installed Megatron-Core"
+    )
+    return [*lines, *_entry("from", source)]
 
 
 def _balance_batch(args: argparse.Namespace) -> list[str]:
@@ -194,8 +169,10 @@ def _balance_batch(args: argparse.Namespace) -> list[str]:
         ConfigError: sizes or flags that cannot be.
     """
     given = {name: getattr(args, name) for name in SIZES}
-    missing = ["--" + name.replace("_", "-") for name, value in given.items() if value is None]
     values = {name: getattr(args, f"moe_lbl_{name}") for name in Settings.__dataclass_fields__}
+    if values["scope"] is not None:
+        Settings.create(**values)  # a flag that cannot be is said before a size that is missing
+    missing = ["--" + name.replace("_", "-") for name, value in given.items() if value is None]
     if len(missing) == len(SIZES) and values["scope"] is None:
         return _entry("", f"not asked for; give {', '.join(missing)} (and --moe-lbl-scope)")
     if missing:

@@ -12,7 +12,8 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-from megatron_global_lbl.command.exact_patch import DoesNotFit, apply, hunks, replace_file
+from megatron_global_lbl.command.files import replace_file
+from megatron_global_lbl.command.insertions import DoesNotFit, fits, insert, remove
 
 PACKAGE = Path(__file__).parents[1]
 LAUNCHER = "torchrun ... -m megatron_global_lbl pretrain_gpt.py ARGS --moe-lbl-scope global"
@@ -76,7 +77,7 @@ def patch(tree: Path, *, check: bool = False, reverse: bool = False) -> str:
 
     Raises:
         Refused: no Megatron, no pinned release, or a file that is not the release's own.
-        DoesNotFit: patches/ is damaged.
+        DoesNotFit: the checksums are damaged.
         OSError: a file cannot be read or written.
     """
     name, releases = pinned()
@@ -102,10 +103,10 @@ def patch(tree: Path, *, check: bool = False, reverse: bool = False) -> str:
         return f"{said}: patched" if is_patched else f"{said}: not patched; the patch fits"
     if is_patched is not reverse:
         return f"{said}: not patched, nothing to take out" if reverse else f"{said}: already patched"
-    changed = apply(content, known.path.read_bytes(), reverse=reverse)
+    changed = (remove if reverse else insert)(content, known.release)
     wanted = known.before if reverse else known.after
     if hashlib.sha256(changed).hexdigest() != wanted:
-        raise DoesNotFit(f"{known.path} does not give the file that {patches_dir() / 'checksums.json'} promises")
+        raise DoesNotFit(f"the patch of {known.tag} does not give the file that {patches_dir() / 'checksums.json'} promises")
     replace_file(file, changed)
     return f"{said}: patch taken out" if reverse else f"{said}: patched; its scripts take --moe-lbl-scope now"
 
@@ -142,10 +143,8 @@ def what_differs(tree: Path, name: str, version: str, content: bytes, known: Pin
     lines += [f"  It is the file of {entry.tag}." for entry in releases if _is_of(entry, content)]
     if differences := _against_git(tree, name, content, known):
         lines.append(f"  Lines that differ from {known.tag}: {differences}")
-    places = [b"\n".join(hunk.old) for hunk in hunks(known.path.read_bytes())]
-    fits = all(content.count(b"\n" + place + b"\n") == 1 for place in places)
     lines.append(f"What you can do:\n  - {without_patch()}")
-    if fits and b"megatron_global_lbl" not in content:
+    if fits(content, known.release) and b"megatron_global_lbl" not in content:
         lines.append(f"  - Apply it by hand, its places are still there: patch -d {tree} -p1 < {known.path}")
     lines.append(f"  - Put the file of {known.tag} back (commit {known.commit}), run this, then make your changes again.")
     return "\n".join(lines)

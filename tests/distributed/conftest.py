@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+# The benchmarks' folders are for the tests whose subject is a benchmark and for no other: benchmarks import from this folder.
 # Worker processes take this path over.
 sys.path[:0] = [os.path.dirname(__file__), str(BENCHMARKS), str(BENCHMARKS / "upstream")]
 

@@ -2,9 +2,9 @@
 
 import torch.distributed as dist
 
-from megatron_global_lbl import cpu
+import megatron_cpu
 
-cpu.install()
+megatron_cpu.install()
 dist.init_process_group("gloo")
 
 import harness  # noqa: E402

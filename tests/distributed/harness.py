@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from layout import Layout
+from megatron_log import forget_logged_losses
 from truth import LENGTHS, Problem, inputs, weights
 
 
@@ -131,8 +132,6 @@ def _train(problem: Problem, layout: Layout, extra: dict[str, Any]):
     from megatron.core.num_microbatches_calculator import unset_num_microbatches_calculator
     from megatron.core.pipeline_parallel import get_forward_backward_func
     from megatron.core.rerun_state_machine import RerunMode, RerunStateMachine
-
-    from megatron_global_lbl.hook.one_router import forget_logged_losses
 
     unset_num_microbatches_calculator()
     forget_logged_losses()  # the tracker is sized by the first model of a process

@@ -6,7 +6,7 @@ import pytest
 import torch
 import truth
 from layout import Layout
-from side_by_side import logged
+from logged import logged
 from truth import Problem
 
 

@@ -82,9 +82,9 @@ def _serve(pipe, device: str, index: int) -> None:
     logging.disable(logging.WARNING)
     warnings.simplefilter("ignore")
     if device == "cpu":
-        from megatron_global_lbl import cpu
+        import megatron_cpu
 
-        cpu.install()
+        megatron_cpu.install()
     # Imported here, so that a case's time is its own.
     import megatron.core.distributed
     import megatron.core.transformer.moe.moe_layer  # noqa: F401

@@ -9,9 +9,9 @@ import json
 import os
 import sys
 
-from megatron_global_lbl import cpu
+import megatron_cpu
 
-cpu.install()
+megatron_cpu.install()
 from megatron_global_lbl.hook import arguments as hooked  # noqa: E402
 
 hooked.install()

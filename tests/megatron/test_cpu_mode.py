@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_global_lbl.cpu import arguments
+from megatron_cpu import arguments
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SCRIPT = Path(__file__).parent / "cpu_scripts" / "pretrain_tiny.py"
@@ -183,19 +183,17 @@ def test_recomputed_run_is_bit_identical(launched_for_gpus):
 
 
 def test_not_loaded_unless_asked_for():
-    code = (
-        "import sys, megatron_global_lbl; print([name for name in sys.modules if name.startswith('megatron_global_lbl.cpu')])"
-    )
+    code = "import sys, megatron_global_lbl; print([name for name in sys.modules if name.startswith('megatron_cpu')])"
     done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 
 
 STAND_IN = """
 import torch
-from megatron_global_lbl import cpu
-cpu.install()
+import megatron_cpu
+megatron_cpu.install()
 first = torch.cuda.is_available
-cpu.install()
+megatron_cpu.install()
 assert torch.cuda.is_available is first, "installed twice"
 
 for device in ("cuda", "cuda:1", 0, torch.device("cuda", 0), torch.cuda.current_device()):
@@ -233,6 +231,9 @@ with torch.cuda.stream(torch.cuda.Stream()):
     end.record()
 torch.cuda.current_stream().wait_event(end)
 assert begin.elapsed_time(end) >= 0
+
+import sys
+assert "megatron_global_lbl" not in sys.modules, "CPU mode needs nothing of the plugin"
 """
 
 

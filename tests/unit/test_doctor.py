@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_global_lbl.defects import DEFECTS
+from megatron_global_lbl.command.defects import DEFECTS, MEASURED, Defect, as_release
 
 ROOT = Path(__file__).parents[2]
 
@@ -55,7 +55,8 @@ def test_installed_megatron():
         assert symbol in hooks
     assert "checkpointing.generate_state_dict" in entry(output, "scope window")
     for defect in DEFECTS:
-        assert f"{defect.id} yes" in output
+        assert entry(output, f"{defect.id} yes") == f"{defect.text} ({defect.span})"
+    assert "nothing was run now" in entry(output, "from") and "benchmarks/upstream/run_all.py" in entry(output, "from")
     assert "scope global; f counted over 256 sequences: 8 dp ranks x 4 micro-batches x 8" in output
     assert "scope window; f counted over 4096 sequences" in output
 
@@ -100,6 +101,23 @@ def test_megatron_that_does_not_work(tmp_path, version, name, text):
     assert text in entry(result.stdout, name)
 
 
+@pytest.mark.parametrize("version, missing", [("0.14.0", None), ("0.15.3", {"D4", "D9"}), ("0.16.1", set())])
+def test_defects_by_release(tmp_path, version, missing):
+    """Of a release alone: where nothing of the hook attaches the table holds all the same."""
+    output = doctor("--megatron", str(fake_megatron(tmp_path, version))).stdout
+    said = dict(re.findall(r"^  (D\d) (yes|no) ", output, flags=re.MULTILINE))
+    if missing is None:
+        assert entry(output, "none") == "this release has no global_aux_loss (it came with 0.15)" and said == {}
+    else:
+        assert said == {defect.id: "no" if defect.id in missing else "yes" for defect in DEFECTS}
+
+
+def test_a_mended_defect_ends():
+    defect = Defect("D0", "", "", since="0.15", until="0.20")
+    assert [defect.is_in((0, minor)) for minor in (14, 15, 19, 20, 21)] == [False, True, True, False, False]
+    assert defect.span == "since 0.15, before 0.20"
+
+
 def sizes(micro: int, globally: int, data_parallel: int) -> list[str]:
     numbers = {"micro-batch": micro, "global-batch": globally, "data-parallel": data_parallel}
     return [word for name, number in numbers.items() for word in (f"--{name}-size", str(number))]
@@ -113,6 +131,7 @@ def sizes(micro: int, globally: int, data_parallel: int) -> list[str]:
         (sizes(8, 100, 8), "--global-batch-size 100: not allowed; allowed: a multiple of"),
         (sizes(0, 100, 8), "--micro-batch-size 0: not allowed; allowed: an integer >= 1"),
         (["--moe-lbl-scope", "globl", *sizes(8, 256, 8)], "--moe-lbl-scope globl: unknown"),
+        (["--moe-lbl-scope", "globl"], "--moe-lbl-scope globl: unknown; allowed: micro, dp, global, window"),
         (["--moe-lbl-scope", "dp", "--moe-lbl-group-size", "3", *sizes(8, 256, 8)], "--moe-lbl-group-size 3: not allowed"),
         (["--megatron", "nowhere"], "--megatron nowhere: no megatron/core there"),
     ],
@@ -126,10 +145,13 @@ def test_bad_arguments(arguments, message):
 
 def test_the_page_has_the_same_table():
     page = (ROOT / "docs" / "upstream.md").read_text(encoding="utf-8")
+    assert f"| | 0.14.0 | {' | '.join(MEASURED)} |" in page
     for defect in DEFECTS:
         script = ROOT / "benchmarks" / "upstream" / defect.script
         assert f"| {defect.id} | {defect.text} |" in page
         assert f"benchmarks/upstream/{defect.script}" in page and script.is_file()
+        cells = ["-", *("yes" if defect.is_in(as_release(version.rpartition(".")[0])) else "-" for version in MEASURED)]
+        assert f"| {defect.id} | {' | '.join(cells)} |" in page
         for thread in defect.threads:
             number = thread.split("#")[1]
             assert f"#{number}" in page and f"#{number}" in script.read_text(encoding="utf-8")

@@ -1,4 +1,4 @@
-"""`megatron-lbl patch`: exact application, and a tree that it must leave alone. On a made-up tree, whose patch is made up, too;
+"""`megatron-lbl patch`: exact application, and a tree that it must leave alone. On a made-up tree;
 tests/megatron/test_patches.py has the real ones."""
 
 from __future__ import annotations
@@ -12,25 +12,14 @@ import sys
 
 import pytest
 
-from megatron_global_lbl.command import exact_patch, main, patch
+from megatron_global_lbl.command import files, main, patch
+from megatron_global_lbl.command.insertions import DoesNotFit, insert, insertions, remove
 
 FILE = "megatron/training/arguments.py"
+(PARSER, ADDED), (PRINTED, ACTED) = ((after.decode(), text.decode()) for after, text in insertions((0, 18)))
 BEFORE = "".join(f"line {number}\n" for number in range(1, 31))
-AFTER = BEFORE.replace("line 9\n", "line 9\nmegatron_global_lbl adds\n").replace(
-    "line 20\n", "line 20\nmegatron_global_lbl acts\n"
-)
-PATCH = f"""\
---- a/{FILE}
-+++ b/{FILE}
-@@ -9,2 +9,3 @@
- line 9
-+megatron_global_lbl adds
- line 10
-@@ -20,2 +21,3 @@
- line 20
-+megatron_global_lbl acts
- line 21
-"""
+BEFORE = BEFORE.replace("line 9\nline 10\n", PARSER + "\n").replace("line 20\nline 21\n", PRINTED + "\n")
+AFTER = BEFORE.replace(PARSER, PARSER + ADDED).replace(PRINTED, PRINTED + ACTED)
 
 
 def sha256(text: str) -> str:
@@ -39,7 +28,7 @@ def sha256(text: str) -> str:
 
 @pytest.fixture
 def tree(tmp_path, monkeypatch):
-    """A Megatron-Core 0.18.2 whose arguments are 30 lines, and patches for its release and another one."""
+    """A Megatron-Core 0.18.2 whose arguments are 30 lines, and checksums for its release and another one."""
     patches = tmp_path / "patches"
     patches.mkdir()
     rows = [
@@ -47,7 +36,6 @@ def tree(tmp_path, monkeypatch):
         for tag, before, after in (("core_v0.17.1", "old\n", "old+\n"), ("core_v0.18.2", BEFORE, AFTER))
     ]
     (patches / "checksums.json").write_text(json.dumps({"file": FILE, "patches": rows}))
-    (patches / "core_v0.18.2.patch").write_text(PATCH)
     monkeypatch.setattr(patch, "patches_dir", lambda: patches)
     tree = tmp_path / "tree"
     for folder in ("core", "training"):
@@ -107,7 +95,7 @@ def test_a_modified_file_is_left_alone(tree, capsys):
 
 
 def test_says_when_the_places_are_gone(tree, capsys):
-    (tree / FILE).write_text(BEFORE.replace("line 9\n", "line nine\n"))
+    (tree / FILE).write_text(BEFORE.replace(PARSER, "    parser = mine(parser)\n"))
     assert "by hand" not in refused(tree, capsys)
 
 
@@ -156,19 +144,20 @@ def test_no_megatron_and_no_training_loop(tree, capsys):
     assert "0.18.2 without its training loop" in refused(tree, capsys)
 
 
-def test_a_damaged_patch_changes_nothing(tree, capsys):
-    damaged = patch.patches_dir() / "core_v0.18.2.patch"
-    damaged.write_text(PATCH.replace("+megatron_global_lbl adds", "+something else"))
+def test_damaged_checksums_change_nothing(tree, capsys):
+    table = patch.patches_dir() / "checksums.json"
+    table.write_text(table.read_text().replace(sha256(AFTER), "0" * 64))
     assert "does not give the file" in refused(tree, capsys)
-    damaged.write_text(PATCH.replace("@@ -9,2", "@@ -8,2"))
-    assert "does not fit at line 8" in refused(tree, capsys)
+    table.write_text(table.read_text().replace(sha256(BEFORE), sha256(AFTER)))
+    (tree / FILE).write_text(AFTER)  # taken for the release's own: there is nothing left to insert after
+    assert "not there exactly once" in refused(tree, capsys)
 
 
 def test_a_file_that_cannot_be_written_stays(tree, capsys, monkeypatch):
     def full(*arguments):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(exact_patch.os, "replace", full)
+    monkeypatch.setattr(files.os, "replace", full)
     assert "No space left on device" in refused(tree, capsys)
 
 
@@ -182,21 +171,25 @@ def test_links_are_kept(tree, tmp_path):
     assert (tree / FILE).is_symlink() and real.read_text() == AFTER and other.read_text() == BEFORE
 
 
-def test_applies_what_diff_writes(tmp_path):
-    """Against difflib, both ways: insertions, deletions and replacements, at the file's ends as well."""
-    import difflib
-    import random
+@pytest.mark.parametrize(
+    "content",
+    [
+        BEFORE.replace(PARSER, ""),
+        BEFORE.replace(PRINTED, PRINTED + "line 21\n"),
+        BEFORE + PARSER + "\n",
+        BEFORE.replace(PARSER, "    " + PARSER),
+    ],
+    ids=["gone", "no empty line behind it", "twice", "in another block"],
+)
+def test_inserts_after_known_lines_only(content):
+    with pytest.raises(DoesNotFit):
+        insert(content.encode(), (0, 18))
 
-    generator = random.Random(1)
-    for _ in range(50):
-        old = [f"{generator.randrange(9)}\n" for _ in range(generator.randrange(3, 40))]
-        new = [line for line in old if generator.random() > 0.2]
-        for _ in range(generator.randrange(1, 5)):
-            new.insert(generator.randrange(len(new) + 1), "new\n")
-        diff = "".join(difflib.unified_diff(old, new, "a/x", "b/x", n=1)).encode()
-        before, after = "".join(old).encode(), "".join(new).encode()
-        assert exact_patch.apply(before, diff) == after
-        assert exact_patch.apply(after, diff, reverse=True) == before
+
+@pytest.mark.parametrize("content", [BEFORE, AFTER.replace(ACTED, ""), AFTER + PARSER + ADDED], ids=["none", "one", "twice"])
+def test_takes_out_what_was_inserted_only(content):
+    with pytest.raises(DoesNotFit):
+        remove(content.encode(), (0, 18))
 
 
 def test_patches_without_pytorch(tree):

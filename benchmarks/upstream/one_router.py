@@ -1,20 +1,20 @@
 """One real `TopKRouter` outside of a model: what its load-balancing loss does to its scores.
 
 Given f the loss is linear in the scores, so its gradient is the same for every token: E numbers, from which the f that was
-really used, and the strength, can be read back. Serves `upstream_probes.py` and the scripts in `benchmarks/upstream`.
+really used, and the strength, can be read back. The scripts of this folder run it in their workers.
 Shape suffixes: T tokens on this rank, E experts.
 """
 
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from megatron_log import forget_logged_losses
 from torch import Tensor
 
 COEFF = 0.02
@@ -42,12 +42,6 @@ class Reading:
         """[E] the f of the gradient, if p is a mean over `tokens_per_rank` (default: this rank's valid tokens)."""
         tokens = self.tokens if tokens_per_rank is None else tokens_per_rank
         return self.gradient * tokens / self.gradient.numel()
-
-
-def takes_padding_mask() -> bool:
-    """Whether the router of this release knows of padding (since 0.16)."""
-    router_class = importlib.import_module("megatron.core.transformer.moe.router").TopKRouter
-    return "padding_mask" in inspect.signature(router_class.routing).parameters
 
 
 def read(
@@ -108,14 +102,6 @@ def read(
     finally:
         scaler.main_loss_backward_scale = set_by_schedule
         forget_logged_losses()
-
-
-def forget_logged_losses() -> None:
-    """Empty Megatron's log of auxiliary losses, which is global and sized by the first model that writes to it."""
-    if importlib.util.find_spec("megatron.core.transformer.moe.moe_logging"):
-        importlib.import_module("megatron.core.transformer.moe.moe_logging").destroy_moe_metrics_tracker()
-    else:  # the tracker of 0.18 ends this
-        importlib.import_module("megatron.core.transformer.moe.moe_utils").get_moe_layer_wise_logging_tracker().clear()
 
 
 def _one_micro_batch(model, router_module, logits_TE: Tensor, padding_T: Tensor | None) -> Reading:

@@ -1,10 +1,17 @@
 """What is wrong with upstream's `global_aux_loss`: one table for `megatron-lbl doctor`, docs/upstream.md and the scripts in
-`benchmarks/upstream`, which show each on the installed Megatron-Core. Imports nothing.
+`benchmarks/upstream`, which show each on the installed Megatron-Core. Imports nothing of Megatron.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+
+GLOBAL_AUX_LOSS_SINCE = "0.15"
+PADDING_MASKS_SINCE = "0.16"
+"""Routers of releases before it know no padding."""
+
+MEASURED = ("0.15.3", "0.16.1", "0.17.1", "0.18.2", "0.19.2")
+"""The releases on which the scripts ran: `since` and `until` are about these (benchmarks/upstream/2026-11-22.md)."""
 
 
 @dataclass(frozen=True)
@@ -16,12 +23,31 @@ class Defect:
         text: what a user gets, in one line.
         script: the file in `benchmarks/upstream` that shows it.
         threads: issues and pull requests of NVIDIA/Megatron-LM, or OWNER/REPOSITORY#NUMBER elsewhere.
+        since: the first release of Megatron-Core that has it, MAJOR.MINOR.
+        until: the first release without it again; None while no release has mended it.
     """
 
     id: str
     text: str
     script: str
     threads: tuple[str, ...] = ()
+    since: str = GLOBAL_AUX_LOSS_SINCE
+    until: str | None = None
+
+    @property
+    def span(self) -> str:
+        """The releases that have it, in words."""
+        return f"since {self.since}" + ("" if self.until is None else f", before {self.until}")
+
+    def is_in(self, release: tuple[int, int]) -> bool:
+        """Whether this release, (major, minor), has it."""
+        return as_release(self.since) <= release and (self.until is None or release < as_release(self.until))
+
+
+def as_release(text: str) -> tuple[int, int]:
+    """(0, 15) of "0.15"."""
+    major, minor = text.split(".")
+    return int(major), int(minor)
 
 
 DEFECTS = (
@@ -48,6 +74,7 @@ DEFECTS = (
         "with a padding mask a rank takes the whole group's tokens for its own",
         "d4_token_count.py",
         ("#7481",),
+        since=PADDING_MASKS_SINCE,
     ),
     Defect(
         "D5",
@@ -77,15 +104,7 @@ DEFECTS = (
         "with a padding mask the fused loss kernel gets a floating-point token count; newer ones want an integer",
         "d9_fused_count_dtype.py",
         ("NVIDIA/TransformerEngine#2898",),
+        since=PADDING_MASKS_SINCE,
     ),
 )
 """All of them, by id."""
-
-
-def takeover_notice(data_parallel_size: int) -> str:
-    """What must be said when a scope takes over upstream's `global_aux_loss` (docs/upstream.md, D2)."""
-    dp = data_parallel_size
-    return (
-        f"!! Megatron's global_aux_loss is taken over: its gradient is {dp} (the data-parallel size) times too weak, so "
-        f"the strength rises by a factor of {dp}. To keep the former strength divide --moe-aux-loss-coeff by {dp}."
-    )

@@ -4,7 +4,12 @@
 
 It stands in for `torch.cuda`, and for the few places where Megatron fails without Transformer Engine or Apex. Model,
 schedule, dispatchers, optimizer and checkpoints are Megatron's own code, run by Megatron's own training loop. What can only
-work on a GPU is changed in the arguments, with one line on rank 0 per change. Nothing is loaded unless `--cpu` asks for it.
+work on a GPU is changed in the arguments, with one line on rank 0 per change. The plugin loads this package
+only when `--cpu` asks for it; this package knows nothing of the plugin and serves without it, too:
+
+    import megatron_cpu
+
+    megatron_cpu.install()  # before anything of Megatron is imported
 
 What a run in CPU mode does NOT show: speed, memory, NCCL, fused kernels and Transformer Engine, CUDA graphs, the hiding of
 communication behind compute (every stream is the one CPU thread), and anything about context parallelism's attention, which
@@ -42,13 +47,13 @@ def install() -> None:
     # Megatron asks for this with tensor parallelism on the GPUs it believes to have; scripts for other GPUs leave it out.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
 
-    from megatron_global_lbl.cpu import cuda, gloo
+    from megatron_cpu import cuda, gloo
 
     cuda.install()
     gloo.install()
 
     # Only now may Megatron be imported: it looks at torch.cuda while it is.
-    from megatron_global_lbl.cpu import arguments, megatron
+    from megatron_cpu import arguments, megatron
 
     megatron.install()
     arguments.install()
