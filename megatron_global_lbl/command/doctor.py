@@ -193,11 +193,7 @@ def _balance_batch(args: argparse.Namespace) -> list[str]:
     lines = []
     for scope in chosen:
         settings = Settings.create(**{**values, "scope": scope})
-        if settings.group_size is not None and args.data_parallel_size % settings.group_size:
-            raise ConfigError(
-                f"--moe-lbl-group-size {settings.group_size}: not allowed; allowed: a divisor of the data-parallel size "
-                f"{args.data_parallel_size}"
-            )
+        settings.require_group_size_fits(args.data_parallel_size)
         for line in flags.describe(sizes, settings):
             lines += _entry("", line)
     return lines

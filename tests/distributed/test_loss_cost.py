@@ -59,8 +59,10 @@ def launches_of_steps(model: str, losses: list[str], router_dtype: str | None, l
     """In a worker. Launches of a whole step by loss, beyond those of routers without a loss."""
     import router_cost
     import routers
+    from megatron_log import forget_logged_losses
 
     routers.start_megatron()
+    forget_logged_losses()
     sizes = {"router_dtype": router_dtype, "layers": layers, "micro_batches": micro_batches}
     none, *counts = (router_cost.launches_of_step(model, loss, tokens=16, **sizes) for loss in ["none", *losses])
     return {loss: launches - none for loss, launches in zip(losses, counts)}
