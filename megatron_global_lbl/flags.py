@@ -1,7 +1,7 @@
 """The flags `--moe-lbl-*` in Megatron's parser, and what they turn on once Megatron has validated its arguments.
 
 Both functions are what a patched Megatron-LM and the launcher call. Every check that needs no model is made here, on every
-rank, before training: a setting that cannot work ends the run with one line.
+rank, before training: a setting that cannot work ends the run with one line, which rank 0 prints.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from megatron_global_lbl import registry
 from megatron_global_lbl.settings import DEFAULT_WINDOW_STEPS, ConfigError, Scope, Settings
 
 GROUP = "mixture-of-experts load-balancing loss"
+# How much later than the others a rank may come to the flags: it imports the same files, from a disk that is shared.
 START_SKEW_SECONDS = 10
 
 
@@ -26,18 +27,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     A parser that has them already is left as it is: the launcher may run a patched Megatron-LM.
 
     Raises:
-        SystemExit: after one line on stderr, on every rank, if Megatron would drop what it parses.
+        SystemExit: after one line on stderr, if Megatron would drop what it parses.
     """
     if "--moe-lbl-scope" in parser._option_string_actions:
         return parser
     yaml_file = _yaml_file()
     dropped = [] if yaml_file is None else [*_given(), *_keys_of(yaml_file)]
     if dropped:
-        _say_on_every_rank(
-            f"megatron_global_lbl: error: {dropped[0]} has no effect with --yaml-cfg, which replaces all arguments; allowed: "
-            "without it"
-        )
-        raise SystemExit(1)
+        raise _end(f"{dropped[0]} has no effect with --yaml-cfg, which replaces all arguments; allowed: without it")
     group = parser.add_argument_group(title=GROUP)
     group.add_argument(
         "--moe-lbl-scope",
@@ -89,7 +86,7 @@ def activate(args: argparse.Namespace) -> registry.Handle | None:
     `register` themselves, too. The second call in a process (the launcher on a patched tree) changes and says nothing.
 
     Raises:
-        SystemExit: after one line on stderr, on every rank, if anything about them cannot work.
+        SystemExit: after one line on stderr, if anything about them cannot work.
     """
     try:
         settings = Settings.create(
@@ -104,8 +101,7 @@ def activate(args: argparse.Namespace) -> registry.Handle | None:
         known = registry.active()
         handle = registry.register(**{name: getattr(settings, name) for name in Settings.__dataclass_fields__})
     except (ConfigError, ImportError) as error:
-        _say_on_every_rank(f"megatron_global_lbl: error: {error}")
-        raise SystemExit(1) from None
+        raise _end(str(error)) from None
     for name in Settings.__dataclass_fields__:  # what later readers of the arguments see: checked values
         value = getattr(settings, name)
         setattr(args, f"moe_lbl_{name}", getattr(value, "value", value))
@@ -135,11 +131,17 @@ def _keys_of(yaml_file: str) -> list[str]:
     return re.findall(r"^\s*(moe_lbl_\w+)\s*:", Path(yaml_file).read_text(encoding="utf-8"), re.MULTILINE)
 
 
-def _say_on_every_rank(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        # torchrun ends the other ranks as soon as one has exited; the slower ones shall say it, too.
-        time.sleep(START_SKEW_SECONDS)
+def _end(error: str) -> SystemExit:
+    """Print the error, if this rank is the one to do it; the exit to raise.
+
+    Rank 0 prints and exits at once, upon which torchrun ends the ranks of its node. The others find the same error but may be
+    faster, and the first exit ends them all: so they wait for rank 0, and print if nobody has ended them meanwhile. That is
+    the case on other nodes, where the first rank prints before the rest, and if the error is not rank 0's.
+    """
+    waits = (int(os.environ.get("RANK", "0")) > 0) + (int(os.environ.get("LOCAL_RANK", "0")) > 0)
+    time.sleep(waits * START_SKEW_SECONDS)
+    print(f"megatron_global_lbl: error: {error}", file=sys.stderr, flush=True)
+    return SystemExit(1)
 
 
 def describe(args: argparse.Namespace, settings: Settings) -> list[str]:
@@ -161,6 +163,11 @@ def describe(args: argparse.Namespace, settings: Settings) -> list[str]:
     lines = [f"scope {settings.scope.value}; f counted over {total} sequences: {product}"]
     if settings.scope is Scope.MICRO:
         lines[0] += " (Megatron's own loss, untouched)"
+    elif settings.scope is not Scope.WINDOW and total == args.micro_batch_size:
+        lines.append(
+            f"!! scope {settings.scope.value} equals micro here: f is counted over one micro-batch of one data-parallel rank; "
+            f"scope {'global' if micro_batches > 1 else 'window'} counts over more"
+        )
     if getattr(args, "rampup_batch_size", None):
         lines.append("the number is for the full batch; it is smaller while --rampup-batch-size ramps up")
     if settings.start_iter:

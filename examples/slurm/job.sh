@@ -24,9 +24,9 @@ fail() { echo "job.sh: error: $*" >&2; exit 2; }
 tell() { echo "job.sh: $(date '+%F %T') job ${SLURM_JOB_ID:-none}, attempt $((${SLURM_RESTART_COUNT:-0} + 1)): $*"; }
 
 repo=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
+[[ -n ${SLURM_JOB_ID:-} ]] || fail "not in a SLURM job; submit examples/slurm/one_node.sbatch or multi_node.sbatch"
 (($#)) || fail "no launch script; allowed: one of $repo/examples/*.sh"
 [[ -f $1 ]] || fail "no such launch script: $1; allowed: one of $repo/examples/*.sh, seen from $PWD"
-[[ -n ${SLURM_JOB_ID:-} ]] || fail "not in a SLURM job: submit examples/slurm/one_node.sbatch or multi_node.sbatch"
 [[ -n ${RUN_DIR:-} ]] || fail "RUN_DIR is not set; allowed: a folder on a file system that all nodes share"
 mkdir -p "$RUN_DIR/logs" || fail "RUN_DIR $RUN_DIR cannot be made"
 RUN_DIR=$(cd "$RUN_DIR" && pwd)

@@ -10,6 +10,8 @@ import argparse
 import importlib
 import sys
 
+from megatron_global_lbl import __version__
+
 SUBCOMMANDS = {
     "doctor": "what this environment's Megatron-Core is, where the hook attaches, which upstream defects it has",
     "patch": "patch a Megatron-LM source tree of a pinned release, so that its own scripts take the flags",
@@ -19,6 +21,7 @@ SUBCOMMANDS = {
 def main(argv: list[str] | None = None) -> int:
     """Entry point of `megatron-lbl`; the exit status."""
     parser = argparse.ArgumentParser(prog="megatron-lbl", description=__doc__.split("\n")[0])
+    parser.add_argument("--version", action="version", version=f"megatron_global_lbl {__version__}")
     subparsers = parser.add_subparsers(dest="subcommand", required=True, metavar="{" + ",".join(SUBCOMMANDS) + "}")
     modules = {}
     for name, text in SUBCOMMANDS.items():

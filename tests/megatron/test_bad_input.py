@@ -1,4 +1,4 @@
-"""Bad flags end a real launch before training, with one line on every rank."""
+"""Bad flags end a real launch before training, with one line in all."""
 
 from __future__ import annotations
 
@@ -24,6 +24,8 @@ from launch import train
 def test_refused_before_training(tmp_path, arguments, line):
     run = train(tmp_path, *arguments, check=False)
     assert run.returncode != 0
-    assert run.output.count(f"megatron_global_lbl: error: {line}\n") == 2, run.output[-3000:]
+    # Once: rank 0 said it and exited, and torchrun ended the other rank before its 20 seconds were over.
+    assert run.output.count(f"megatron_global_lbl: error: {line}\n") == 1, run.output[-3000:]
+    assert run.output.count("megatron_global_lbl: error:") == 1
     assert "Traceback" not in run.output.split("megatron_global_lbl: error:")[0]
     assert not re.search(r"iteration +1/", run.output)

@@ -130,6 +130,9 @@ def test_data_and_many_nodes():
     "environment, line",
     [
         ({"GPUS_PER_NODE": "6", "TP": "4"}, "= 6 processes; allowed: a multiple of TP 4 x CP 1 x PP 1 = 4"),
+        ({"LBL_SCOPE": "globl"}, "LBL_SCOPE globl: unknown; allowed: micro, dp, global, window"),
+        ({"TP": "4", "PP": "4"}, "= 8 processes; allowed: a multiple of TP 4 x CP 1 x PP 4 = 16; NNODES=2 would do\n"),
+        ({"GPUS_PER_NODE": "4", "EP": "16"}, "a divisor of TP 1 x CP 1 x DP 4 = 4; NNODES=4 would do\n"),
         ({"EP": "3"}, "EP 3 x ETP 1; allowed: a divisor of TP 1 x CP 1 x DP 8 = 8"),
         ({"MEGATRON_LM_DIR": "/nowhere"}, "MEGATRON_LM_DIR /nowhere: no pretrain_gpt.py in it"),
         ({"DATA_PATH": "a"}, "DATA_PATH is set, TOKENIZER_MODEL is not"),
@@ -139,3 +142,22 @@ def test_refuses_bad_settings(environment, line):
     result = launch("data_parallel.sh", DRY_RUN="1", **environment)
     assert result.returncode == 2 and result.stdout == ""
     assert line in result.stderr
+
+
+@pytest.mark.parametrize("script", ["one_node.sbatch", "multi_node.sbatch", "sweep.sbatch", "job.sh", "node.sh"])
+def test_says_that_it_is_not_in_a_slurm_job(script):
+    result = launch(f"slurm/{script}", "examples/data_parallel.sh")
+    assert (result.returncode, result.stdout) == (2, "")
+    (line,) = result.stderr.splitlines()
+    assert line.startswith(f"{script}: error: not in a SLURM job; ")
+
+
+def test_a_source_tree_finds_the_python_that_runs_it(tmp_path):
+    """Its Makefile calls python3 and python3-config, wherever the PATH has them."""
+    (tmp_path / "pretrain_gpt.py").touch()
+    python = tmp_path / "venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text('#!/bin/sh\n[ "$1" = -c ] && echo /base || echo "$PATH"\n')
+    python.chmod(0o755)
+    result = launch("data_parallel.sh", CPU="1", MEGATRON_LM_DIR=str(tmp_path), PYTHON=str(python))
+    assert result.stdout.startswith(f"{python.parent}:/base/bin:"), result.stderr

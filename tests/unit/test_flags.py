@@ -59,7 +59,8 @@ GLOBAL = ("--moe-lbl-scope", "global")
     ],
 )
 def test_refused_with_one_line(args, message, monkeypatch, capsys):
-    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
     with pytest.raises(SystemExit) as exit:
         flags.activate(args)
     assert exit.value.code == 1
@@ -81,6 +82,60 @@ def test_describes_the_balance_batch(command_line, line):
     args = arguments(*command_line)
     settings = Settings.create(**{name: getattr(args, f"moe_lbl_{name}") for name in Settings.__dataclass_fields__})
     assert line in flags.describe(args, settings)[0]
+
+
+@pytest.mark.parametrize(
+    "command_line, megatron, counts_more",
+    [
+        (("--moe-lbl-scope", "dp"), {"data_parallel_size": 1}, "global"),
+        (("--moe-lbl-scope", "dp", "--moe-lbl-group-size", "1"), {}, "global"),
+        (GLOBAL, {"data_parallel_size": 1, "global_batch_size": 8}, "window"),
+        (("--moe-lbl-scope", "dp"), {"data_parallel_size": 2}, None),
+        (GLOBAL, {"data_parallel_size": 1}, None),
+        (("--moe-lbl-scope", "window"), {"data_parallel_size": 1, "global_batch_size": 8}, None),
+        ((), {"data_parallel_size": 1, "global_batch_size": 8}, None),
+    ],
+)
+def test_says_that_a_scope_equals_micro(command_line, megatron, counts_more):
+    args = arguments(*command_line, **megatron)
+    settings = Settings.create(**{name: getattr(args, f"moe_lbl_{name}") for name in Settings.__dataclass_fields__})
+    said = [line for line in flags.describe(args, settings) if "equals micro" in line]
+    if counts_more is None:
+        assert said == []
+    else:
+        assert said == [
+            f"!! scope {settings.scope.value} equals micro here: f is counted over one micro-batch of one data-parallel rank; "
+            f"scope {counts_more} counts over more"
+        ]
+
+
+@pytest.mark.parametrize(
+    "rank, local_rank, seconds",
+    [
+        (None, None, 0),  # not under torchrun
+        (0, 0, 0),
+        (8, 0, 10),  # the first of another node, where rank 0's exit ends nobody
+        (1, 1, 20),
+        (9, 1, 20),
+    ],
+)
+def test_rank_0_speaks_first(rank, local_rank, seconds, monkeypatch, capsys):
+    """Under torchrun the rest is ended while it waits: `tests/megatron/test_bad_input.py`."""
+    for name, value in (("RANK", rank), ("LOCAL_RANK", local_rank)):
+        monkeypatch.delenv(name, raising=False)
+        if value is not None:
+            monkeypatch.setenv(name, str(value))
+    waited = []
+
+    def sleep(seconds):
+        waited.append(seconds)
+        assert capsys.readouterr().err == ""
+
+    monkeypatch.setattr(flags.time, "sleep", sleep)
+    with pytest.raises(SystemExit) as exit:
+        flags.activate(arguments("--moe-lbl-scope", "globl"))
+    assert exit.value.code == 1 and sum(waited) == seconds
+    assert len(capsys.readouterr().err.splitlines()) == 1
 
 
 def test_flags_have_a_group_of_their_own():
