@@ -171,9 +171,11 @@ class Model:
         self.grads.append({block.number: harness._main_grads(block, self.layout) for block in self.toy.blocks})
         self.step_number += 1
 
-    def discard(self) -> None:
-        """Leave nothing that keeps the model alive but references to it."""
-        harness.make_collectable(self.chunks)
+    def drop(self) -> None:
+        """Forget the model, so that it can be collected unless somebody else refers to it; its gradients stay."""
+        if self.chunks:
+            harness.make_collectable(self.chunks)
+        self.chunks, self.toy, self.config = [], None, None
 
 
 def _raise(*_: Any) -> None:
@@ -198,7 +200,7 @@ def _own_groups(data_parallel: int):
     return ProcessGroupCollection(**dict.fromkeys(names, alone), **dict.fromkeys(of_data, whole))
 
 
-def run(script: Callable, specs: tuple[Spec, ...], layout: Layout, register: dict | None, initialize: bool, args: tuple):
+def run(script: Callable, specs: tuple[Spec, ...], layout: Layout, register: dict, initialize: bool, args: tuple):
     """One rank's part.
 
     Returns:
@@ -216,17 +218,18 @@ def run(script: Callable, specs: tuple[Spec, ...], layout: Layout, register: dic
     forget_logged_losses()
     if initialize:
         harness.initialize(layout)
-    value, refused, models = None, None, []
+    value, refused = None, None
+    models: list[Model] = []
     printed = io.StringIO()
-    registration = contextlib.nullcontext() if register is None else lbl.registered(**register)
+    registration = lbl.registered(**register) if register else contextlib.nullcontext()
     with contextlib.redirect_stdout(printed), registration as handle:
         models += [Model(spec, layout) for spec in specs]
         try:
-            value = script(*models, *args, **({} if handle is None else {"handle": handle}))
-        except lbl.ConfigError as error:
+            value = script(*models, *args, **({"handle": handle} if register else {}))
+        except ValueError as error:  # a ConfigError is one
             refused = str(error)
     for model in models:
-        model.discard()
+        model.drop()
     grads = [model.grads for model in models]
     return {"grads": grads, "value": value, "printed": printed.getvalue(), "refused": refused}
 
@@ -248,7 +251,7 @@ def check(
         script: script(*models, *args, handle=handle), of a test module.
         problems: of the models, all of one scope.
         layout: of all models that have no groups of their own.
-        register: arguments of `lbl.register`; those of the first problem if not given.
+        register: arguments of `lbl.register`; those of the first problem if not given; {}: the script registers.
         initialize: Megatron's own process groups exist.
         refused: what the `ConfigError` that ends the script must match on every rank; None: all steps must be completed.
         args: more arguments of the script.

@@ -66,7 +66,7 @@ def own_step_ends(a, b, which, handle):
     import megatron_global_lbl as lbl
 
     for _ in range(3):
-        for model, other in ((a, b), (b, a)):
+        for model in (a, b):
             model.begin()
             for m in range(model.problem.micro_batches):
                 model.micro_batch(m)
@@ -113,9 +113,16 @@ def alternate(a, b, handle):
 @pytest.mark.parametrize("scope", SCOPES)
 def test_process_groups_of_their_own(workers, scope):
     """A over four ranks, B over each half of them: the halves train two models."""
-    a, b = two(scope)
+    _, b = two(scope)
     whole = Problem(scope, 4, 2, 4, window_steps=2, masks="uneven")
     check(workers, alternate, Spec(whole), Spec(b, groups="halves"))
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+def test_one_step_end_for_both_with_process_groups_of_their_own(workers, scope):
+    _, b = two(scope, a=3, b=3)
+    whole = Problem(scope, 4, 2, 3, window_steps=2, masks="uneven")
+    check(workers, both_end_together, Spec(whole), Spec(b, groups="halves"))
 
 
 NO_LOSS = {"load_balancing_type": "none", "aux_loss_coeff": 0.0}
@@ -124,7 +131,7 @@ NO_LOSS = {"load_balancing_type": "none", "aux_loss_coeff": 0.0}
 @pytest.mark.parametrize("first", ["with", "without"])
 @pytest.mark.parametrize("scope", SCOPES)
 def test_a_model_without_auxiliary_loss_beside_one_with(workers, scope, first):
-    a, b = two(scope)
+    a, _ = two(scope)
     specs = [Spec(a), Spec(Problem(scope, 2, 3, 4, seed=99, coeff=0.0), extra=NO_LOSS)]
     check(workers, alternate, *(specs if first == "with" else reversed(specs)), register=arguments(a))
 
