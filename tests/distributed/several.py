@@ -141,7 +141,7 @@ class Model:
 
         problem = self.problem
         backwards = problem.micro_batches_at(self.step_number) // problem.together
-        MoEAuxLossAutoScaler.set_loss_scale(torch.tensor(1.0 if problem.per_token else 1.0 / backwards))
+        MoEAuxLossAutoScaler.set_loss_scale(torch.full((1,), 1.0 if problem.per_token else 1.0 / backwards))
         torch.stack([output.float().sum() * 0 for output in outputs]).sum().backward()
 
     def micro_batch(self, m: int) -> None:

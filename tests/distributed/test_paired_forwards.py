@@ -46,10 +46,11 @@ def test_one_backward_after_the_other(workers, scope, recompute, order):
     check(workers, chosen_and_rejected, problem, layout=Layout(recompute=recompute), args=(order,))
 
 
+@pytest.mark.parametrize("recompute", [None, "full"])
 @pytest.mark.parametrize("scope", SCOPES)
-def test_per_token_loss(workers, scope):
+def test_per_token_loss(workers, scope, recompute):
     problem = pairs(scope, micro_coeff=0.003, per_token=True)
-    check(workers, chosen_and_rejected, problem, layout=Layout(recompute="full"), args=("together",))
+    check(workers, chosen_and_rejected, problem, layout=Layout(recompute=recompute), args=("together",))
 
 
 @pytest.mark.parametrize("scope", SCOPES)
