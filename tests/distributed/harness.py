@@ -39,13 +39,14 @@ def run(problem: Problem, layout: Layout, register: dict[str, Any] | None, extra
 
 
 def build(problem: Problem, layout: Layout, extra: dict[str, Any]):
-    """(config, model chunks wrapped in DDP, the chunks themselves) of this rank."""
+    """(config, model chunks wrapped in DDP, the chunks themselves) of this rank, its process groups made first."""
+    initialize(layout)
+    return build_model(problem, layout, extra)
+
+
+def initialize(layout: Layout) -> None:
+    """Megatron's process groups of a layout."""
     from megatron.core import parallel_state, tensor_parallel
-    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
-    from megatron.core.distributed.finalize_model_grads import finalize_model_grads
-    from megatron.core.transformer import TransformerConfig
-    from megatron.core.transformer.module import Float16Module
-    from toy import Chunk
 
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=layout.tp,
@@ -56,13 +57,31 @@ def build(problem: Problem, layout: Layout, extra: dict[str, Any]):
         expert_tensor_parallel_size=layout.etp,
     )
     tensor_parallel.model_parallel_cuda_manual_seed(1)
+
+
+def build_model(problem: Problem, layout: Layout, extra: dict[str, Any], groups: Any = None):
+    """(config, model chunks wrapped in DDP, the chunks themselves) of this rank.
+
+    Args:
+        problem: what is computed.
+        layout: how.
+        extra: more fields of TransformerConfig.
+        groups: a `ProcessGroupCollection` instead of the groups that `initialize` made.
+    """
+    from megatron.core import parallel_state
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+    from megatron.core.distributed.finalize_model_grads import finalize_model_grads
+    from megatron.core.transformer import TransformerConfig
+    from megatron.core.transformer.module import Float16Module
+    from toy import Chunk
+
     low_precision = problem.dtype != "float32"
     config = TransformerConfig(**_config_fields(problem, layout, extra))
     config.finalize_model_grads_func = finalize_model_grads
     if layout.loss_scale != 1.0:
         config.grad_scale_func = lambda loss: loss * layout.loss_scale
-    stage = parallel_state.get_pipeline_model_parallel_rank()
-    chunks = [Chunk(config, problem, layout, stage, chunk).cuda() for chunk in range(layout.chunks)]
+    stage = parallel_state.get_pipeline_model_parallel_rank() if groups is None else groups.pp.rank()
+    chunks = [Chunk(config, problem, layout, stage, chunk, groups).cuda() for chunk in range(layout.chunks)]
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         overlap_grad_reduce=layout.overlap_grad_reduce,
@@ -73,6 +92,7 @@ def build(problem: Problem, layout: Layout, extra: dict[str, Any]):
             config=config,
             ddp_config=ddp_config,
             module=Float16Module(config, chunk) if low_precision else chunk,
+            **({} if groups is None else {"pg_collection": groups}),
         )
         for chunk in chunks
     ]
@@ -118,7 +138,7 @@ def _config_fields(problem: Problem, layout: Layout, extra: dict[str, Any]) -> d
         fields |= {"mtp_num_layers": problem.mtp_applications, "mtp_use_repeated_layer": problem.mtp_applications > 1}
     if layout.chunks > 1:  # what Megatron demands for two stages: else messages of both directions get mixed up
         fields |= {"overlap_p2p_comm": True, "batch_p2p_comm": False}
-    if layout.recompute == "full":
+    if layout.recompute in ("full", "nested"):
         fields |= {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
     elif layout.recompute == "selective":
         fields |= {"recompute_granularity": "selective", "recompute_modules": ["moe"]}
@@ -170,14 +190,18 @@ def _train(problem: Problem, layout: Layout, extra: dict[str, Any]):
                 with torch.no_grad():
                     for shard in shards:
                         wrapped(*shard)
-    for wrapped in model:
-        # Cycles through autograd's C++ nodes, which Python cannot collect, would keep the model and all its groups.
-        wrapped.grad_accs.clear()
-        for module in wrapped.modules():
-            vars(module).pop("token_dispatcher", None)
+    make_collectable(model)
     rank, part, parts = _place(layout)
     assert parallel_state.get_data_parallel_world_size() == problem.dp
     return {"grads": grads, "place": (rank, part, parts), "selections": selected}
+
+
+def make_collectable(model) -> None:
+    """Break cycles through autograd's C++ nodes, which Python cannot collect: they would keep a model and all its groups."""
+    for wrapped in model:
+        wrapped.grad_accs.clear()
+        for module in wrapped.modules():
+            vars(module).pop("token_dispatcher", None)
 
 
 def _main_grads(block, layout: Layout):
@@ -225,8 +249,12 @@ def _place(layout: Layout) -> tuple[int, int, int]:
 
 def _my_shards(problem: Problem, layout: Layout, step: int):
     """(x, padding or None) per micro-batch: this rank's slice of the sequence."""
+    return shards_at(problem, step, *_place(layout))
+
+
+def shards_at(problem: Problem, step: int, rank: int, part: int, parts: int):
+    """(x, padding or None) per micro-batch at a place as `_place` gives it."""
     x, padding = inputs(problem, step)
-    rank, part, parts = _place(layout)
     shards = []
     for m in range(x.shape[0]):
         length = int((~padding[m, rank, :, 0]).sum()) if problem.masks in LENGTHS else problem.seq

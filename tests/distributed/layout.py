@@ -22,7 +22,7 @@ class Layout:
     loss_scale: float = 1.0
     overlap_grad_reduce: bool = False
     distributed_optimizer: bool = False
-    recompute: str | None = None  # full | selective
+    recompute: str | None = None  # full | selective | nested (one within the other)
     frozen: str | None = None  # router | below: parameters without gradient
     evaluate_between: bool = False
     rerun_at: int | None = None  # the step whose forwards and backwards Megatron runs twice

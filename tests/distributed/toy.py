@@ -22,7 +22,7 @@ from truth import Problem, expert_bias
 class Block(torch.nn.Module):
     """a = h W^T, the MoE part on a, h = tanh(a)."""
 
-    def __init__(self, config, problem: Problem, layout: Layout, number: int) -> None:
+    def __init__(self, config, problem: Problem, layout: Layout, number: int, groups: Any = None) -> None:
         super().__init__()
         self.layout = layout
         self.number = number
@@ -31,7 +31,10 @@ class Block(torch.nn.Module):
         self.moe: Any = None
         if number not in problem.dense:
             is_mtp = number > problem.layers
-            self.moe = _moe_layer(config, number, is_mtp) if layout.moe == "layer" else _router(config, number, is_mtp)
+            if layout.moe == "layer":
+                self.moe = _moe_layer(config, number, is_mtp)
+            else:
+                self.moe = _router(config, number, is_mtp, groups)
             if problem.bias:
                 self.router.expert_bias.copy_(expert_bias(problem))
             if layout.frozen is not None:
@@ -42,7 +45,7 @@ class Block(torch.nn.Module):
         return self.moe.router if self.layout.moe == "layer" else self.moe
 
     def forward(self, h: Tensor, padding: Tensor | None) -> Tensor:
-        if self.layout.recompute == "full" and self.training:
+        if self.layout.recompute in ("full", "nested") and self.training:
             return tensor_parallel.checkpoint(partial(self.compute, padding=padding), False, h)
         return self.compute(h, padding)
 
@@ -56,7 +59,7 @@ class Block(torch.nn.Module):
         else:
             masks = {} if padding is None else {"padding_mask": padding}
             route = partial(self.moe, **masks)
-            if self.layout.recompute == "selective":
+            if self.layout.recompute in ("selective", "nested"):
                 carrier, _ = tensor_parallel.checkpoint(route, False, a)
             else:
                 carrier, _ = route(a)
@@ -67,7 +70,7 @@ class Block(torch.nn.Module):
 class Chunk(MegatronModule):
     """The blocks of one model chunk of one pipeline stage."""
 
-    def __init__(self, config, problem: Problem, layout: Layout, stage: int, chunk: int) -> None:
+    def __init__(self, config, problem: Problem, layout: Layout, stage: int, chunk: int, groups: Any = None) -> None:
         super().__init__(config)
         stages, chunks = problem.pipeline
         self.problem = problem
@@ -78,7 +81,7 @@ class Chunk(MegatronModule):
         self.vp_stage = chunk if chunks > 1 else None
         self.input_tensor: Tensor | None = None
         numbers = [n for n in range(1, problem.blocks + 1) if problem.stage_and_chunk(n) == (stage, chunk)]
-        self.blocks = torch.nn.ModuleList([Block(config, problem, layout, n) for n in numbers])
+        self.blocks = torch.nn.ModuleList([Block(config, problem, layout, n, groups) for n in numbers])
 
     def set_input_tensor(self, input_tensor) -> None:
         self.input_tensor = input_tensor[0] if isinstance(input_tensor, list) else input_tensor
@@ -103,9 +106,9 @@ class Chunk(MegatronModule):
         return h
 
 
-def _router(config, number: int, is_mtp: bool):
-    groups = _process_groups(TopKRouter)
-    router = TopKRouter(config=config, **groups, **({"is_mtp_layer": True} if is_mtp else {}))
+def _router(config, number: int, is_mtp: bool, groups: Any):
+    arguments = _process_groups(TopKRouter) if groups is None else {"pg_collection": groups}
+    router = TopKRouter(config=config, **arguments, **({"is_mtp_layer": True} if is_mtp else {}))
     # Megatron numbers the layers of multi-token prediction from 1 again.
     router.set_layer_number(number - config.num_layers if is_mtp else number)
     return router

@@ -45,6 +45,8 @@ class Problem:
     seq: int = 8
     batch: int = 2
     coeff: float = 0.02
+    coeffs: tuple[float | tuple[float, ...], ...] = ()  # instead, by step, or by step and forward
+    together: int = 1  # forwards per micro-batch that one backward follows: chosen and rejected. M counts forwards then
     score: str = "softmax"
     bias: bool = False
     dtype: str = "float32"  # of parameters and inputs; the formula stays float64
@@ -55,6 +57,10 @@ class Problem:
     def blocks(self) -> int:
         """Layers, and the block of multi-token prediction as one more."""
         return self.layers + (self.mtp_applications > 0)
+
+    def coeff_at(self, step: int, m: int) -> float:
+        of_step = self.coeffs[step] if self.coeffs else self.coeff
+        return of_step[m] if isinstance(of_step, tuple) else of_step
 
     def micro_batches_at(self, step: int) -> int:
         return self.ramp_up[step] if step < len(self.ramp_up) else self.micro_batches
@@ -141,9 +147,15 @@ def gradients(problem: Problem, selections=None) -> list[list[tuple[torch.Tensor
 
 
 def sums(problem: Problem, step: int) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """Per layer, over all ranks' valid tokens: selections [M, E], scores [M, E], tokens [M]; without MTP, no dense layers."""
+    """Per layer, over all ranks' valid tokens: selections [M, E], scores [M, E], tokens [M]; no dense layers. The repetitions
+    of multi-token prediction come as more micro-batches."""
+    return [tuple(t.sum(1) for t in layer) for layer in sums_of_ranks(problem, step)]
+
+
+def sums_of_ranks(problem: Problem, step: int) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """The same by data-parallel rank: [M, D, E], [M, D, E], [M, D]."""
     params = [tuple(w.double() for w in pair) for pair in weights(problem, step)]
-    return [tuple(t.sum(1) for t in application) for (application,) in _forward(problem, step, params, None)]
+    return [tuple(torch.cat(t) for t in zip(*applications)) for applications in _forward(problem, step, params, None)]
 
 
 def _forward(problem: Problem, step: int, params, selections) -> list[list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]]:
@@ -197,6 +209,9 @@ def _layer_loss(problem, step, block, C_mdi, S_mdi, N_md, of_step, counted) -> t
     size = problem.group_size or D
     groups = [range(g, g + size) for g in range(0, D, size)]
     seen = seen_in_backward(M, *problem.stage_and_chunk(block + 1), *problem.pipeline)
+    if problem.together > 1:
+        seen = [set(range((m // problem.together + 1) * problem.together)) for m in range(M)]
+    backwards = M / problem.together
     loss = torch.zeros((), dtype=torch.float64)
 
     def lbl(alpha, C_i, S_i, tokens):
@@ -204,8 +219,10 @@ def _layer_loss(problem, step, block, C_mdi, S_mdi, N_md, of_step, counted) -> t
         return alpha * E * (f * S_i).sum() / tokens.clamp(min=1)
 
     if step < problem.start_iter or problem.scope == "micro":
-        return sum(lbl(problem.coeff, C_mdi[m, d], S_mdi[m, d], N_md[m, d]) for m in range(M) for d in range(D)) / (M * D)
+        of_each = [lbl(problem.coeff_at(step, m), C_mdi[m, d], S_mdi[m, d], N_md[m, d]) for m in range(M) for d in range(D)]
+        return sum(of_each) / (backwards * D)
     for m in range(M):
+        coeff = problem.coeff_at(step, m)
         for group in groups:
             S_i = S_mdi[m, group].sum(0)
             tokens = N_md[m, group].sum()
@@ -221,12 +238,12 @@ def _layer_loss(problem, step, block, C_mdi, S_mdi, N_md, of_step, counted) -> t
                 mean = sum(stats["N"][:, group].sum() for stats in past) / sum(stats["N"][:, group].numel() for stats in past)
                 tokens = len(group) * mean
             if problem.per_token:
-                loss = loss + lbl(problem.coeff, C_i, S_i, N_step)
+                loss = loss + lbl(coeff, C_i, S_i, N_step)
             else:
-                loss = loss + lbl(problem.coeff, C_i, S_i, tokens) / (M * len(groups))
+                loss = loss + lbl(coeff, C_i, S_i, tokens) / (backwards * len(groups))
     for m in range(M):
         for d in range(D):
             tokens = N_step if problem.per_token else N_md[m, d]
-            share = 1 if problem.per_token else M * D
+            share = 1 if problem.per_token else backwards * D
             loss = loss + lbl(problem.micro_coeff, C_mdi[m, d], S_mdi[m, d], tokens) / share
     return loss

@@ -1,0 +1,35 @@
+"""A model with process groups of its own, in a process in which Megatron's `parallel_state` was never initialised."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from several import Spec, check
+from truth import Problem, sums
+
+SCOPES = ["dp", "global", "window"]
+
+
+def with_own_step_ends(a, handle):
+    import megatron_global_lbl as lbl
+
+    for _ in range(a.problem.steps):
+        a.begin()
+        for m in range(a.problem.micro_batches):
+            a.micro_batch(m)
+        a.end_without_finalize(lambda: lbl.end_step(a.chunks))
+
+
+@pytest.mark.parametrize("record", [False, True])
+@pytest.mark.parametrize("scope", SCOPES)
+def test_without_parallel_state(workers, tmp_path, scope, record):
+    problem = Problem(scope, 2, 2, 4, window_steps=2, masks="uneven", micro_coeff=0.003)
+    register = {"scope": scope, "micro_coeff": 0.003, **({"window_steps": 2} if scope == "window" else {})}
+    if record:
+        register["metrics_dir"] = str(tmp_path)
+    check(workers, with_own_step_ends, Spec(problem, groups="all"), register=register, initialize=False)
+    found = [json.loads(line) for file in tmp_path.glob("balance.*.jsonl") for line in file.read_text().splitlines()]
+    lines = [line["tokens_per_expert"] for line in found if "tokens_per_expert" in line]
+    expected = [[C.sum(0).long().tolist() for C, _, _ in sums(problem, step)] for step in range(problem.steps)]
+    assert lines == (expected if record else [])
