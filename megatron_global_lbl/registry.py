@@ -94,7 +94,7 @@ class Handle:
             model: whose layers; a module or the list of its chunks. Needed where several models are trained.
 
         Raises:
-            ConfigError: several models were met, and none is named.
+            ConfigError: several models were met, or one that is gone, and none is named.
         """
         return {"format": STATE_FORMAT, "layers": self._engine.state(_routers_of(model))}
 
@@ -103,7 +103,7 @@ class Handle:
 
         Args:
             state: of any number of layers; those of other pipeline stages are left alone.
-            model: whose layers; may be left out before the first forward.
+            model: whose layers. Needed where several models are trained.
 
         Raises:
             ConfigError: now or at the first forward, if it belongs to other experts, another top-k or other groups.

@@ -7,6 +7,7 @@ not count (`repeat_step`). Everything is done for the routers that are named: an
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Collection, Mapping
 from weakref import WeakKeyDictionary
 
@@ -43,7 +44,7 @@ class Engine:
         self._tables: list[LayerTable] = []
         self._groups: dict[tuple[int, int], BalanceGroup] = {}
         self._met: set[str] = set()
-        self._met_twice: str | None = None
+        self._met_twice = False
         self._loaded_by_key: dict[str, dict] = {}
         self._loaded: WeakKeyDictionary[nn.Module, dict] = WeakKeyDictionary()
         self._without_loss: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
@@ -77,9 +78,12 @@ class Engine:
             return None
         if which is Pass.SECOND:
             counted = self.recomputation.call.take_up(layer).counted
-            return RouterForward(layer, which, loss, counted is not None and counted.coeff is not None, counted)
-        started = self._iteration(layer) >= self.settings.start_iter
-        return RouterForward(layer, which, loss, loss is not None and started and self.settings.scope is not Scope.MICRO)
+            replaces = counted is not None and counted.coeff is not None
+            return RouterForward(layer, which, loss, counts=False, replaces=replaces, counted=counted)
+        started = self.settings.scope is not Scope.MICRO and self._iteration(layer) >= self.settings.start_iter
+        # A window fills while the loss is Megatron's, too; and f holds forwards whose own coefficient is 0.
+        counts = started or self.settings.scope is Scope.WINDOW
+        return RouterForward(layer, which, loss, counts, replaces=started and loss is not None)
 
     def finish(self, forward: RouterForward, *, probs: Tensor, padding_mask: Tensor | None) -> Tensor:
         """The forward is over.
@@ -103,8 +107,7 @@ class Engine:
         if self._record is not None and scores is not None:
             self._record.observe(layer, scores=scores, selection=selection, padding_mask=padding_mask)
         counted = forward.counted
-        # A window fills while the loss is Megatron's, too.
-        if forward.which is not Pass.SECOND and (forward.replaces or self.settings.scope is Scope.WINDOW):
+        if forward.counts:
             coeff = forward.loss.coeff if forward.replaces and forward.loss is not None else None
             counted = count(layer, selection, padding_mask, coeff)
         if forward.which is Pass.FIRST:
@@ -213,7 +216,7 @@ class Engine:
             ConfigError: no routers were named, and layers of several models were met.
         """
         if routers is None:
-            self._require_one_model()
+            self._require_one_model("state_dict")
             return {**self._loaded_by_key, **{layer.info.key: saved_state(layer) for layer in self._layers_of(None)}}
         found = {name: self._layers.get(router) for name, router in routers.items()}
         entries = {name: saved_state(layer) for name, layer in found.items() if layer is not None}
@@ -224,24 +227,20 @@ class Engine:
         """Continue from `state()`; routers whose first forward is still to come take theirs up then.
 
         Raises:
-            ConfigError: it belongs to another model; or no routers were named, though some were met already.
+            ConfigError: it belongs to another model; or no routers were named, and layers of several models were met.
         """
         if routers is None:
-            if self._met:
-                raise ConfigError(
-                    "load_state_dict after the first forward needs to be told whose state it is; allowed: model=... with the "
-                    "model or its chunks"
-                )
+            self._require_one_model("load_state_dict")
             self._loaded_by_key = dict(state)
+            for layer in self._layers_of(None):
+                if layer.info.key in state:
+                    restore(layer, self._loaded_by_key.pop(layer.info.key))
             return
         for name, router in routers.items():
-            if name not in state:
-                continue
-            layer = self._layers.get(router)
-            if layer is None:
+            if name in state and router in self._layers:
+                restore(self._layers[router], state[name])
+            elif name in state:
                 self._loaded[router] = state[name]
-            else:
-                restore(layer, state[name])
 
     def _layers_of(self, routers: Routers | None) -> list[Layer]:
         """In the order in which they were met, the same on all ranks of a stage; None: those of models that are gone, too."""
@@ -264,8 +263,7 @@ class Engine:
             table = LayerTable(info.num_layers, info, group, self.settings)
             self._tables.append(table)
         layer = self._layers[router] = Layer(info, table)
-        if info.key in self._met:
-            self._met_twice = info.key
+        self._met_twice |= info.key in self._met
         self._met.add(info.key)
         loaded = self._loaded.pop(router, None) or self._loaded_by_key.pop(info.key, None)
         if loaded is not None:
@@ -307,9 +305,11 @@ class Engine:
             print("> moe-lbl: forwards were counted that no step's end followed; their counts are dropped", flush=True)
         self._drop_was_said = True
 
-    def _require_one_model(self) -> None:
-        if self._met_twice is not None:
+    def _require_one_model(self, verb: str) -> None:
+        gc.collect()  # on all ranks alike: a model that was replaced is gone, or it is still somebody's
+        gone = len(self._layers) < len(self._layers_of(None))
+        if self._met_twice or gone:
             raise ConfigError(
-                f"MoE layer {self._met_twice} was met in two models, whose states must not be mixed; allowed: "
-                "state_dict(model=...) with the model or its chunks"
+                f"{verb} was not told whose state is meant, and the registration has met several models, or one that is gone; "
+                f"allowed: {verb}(..., model=...) with the model or its chunks"
             )

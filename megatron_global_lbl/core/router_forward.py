@@ -21,6 +21,7 @@ class RouterForward:
         layer: whose forward it is.
         which: ONLY, or one of the two forwards of a recomputed layer.
         loss: what the router's own auxiliary loss is; None if it has none in this forward.
+        counts: its selections are counted, here and not in another of its forwards.
         replaces: Megatron's own loss is left out.
         counted: what the first of two forwards counted.
         selection: [T, E] bool, the experts that were selected.
@@ -30,6 +31,7 @@ class RouterForward:
     layer: Layer
     which: Pass
     loss: RouterLoss | None
+    counts: bool
     replaces: bool
     counted: CountedForward | None = None
     selection: Tensor | None = None

@@ -210,9 +210,9 @@ def run(script: Callable, specs: tuple[Spec, ...], layout: Layout, register: dic
          "refused": the text of the `ConfigError` that ended the script, or None}
     """
     from megatron.core.num_microbatches_calculator import unset_num_microbatches_calculator
+    from megatron_log import forget_logged_losses
 
     import megatron_global_lbl as lbl
-    from megatron_global_lbl.hook.one_router import forget_logged_losses
 
     unset_num_microbatches_calculator()
     forget_logged_losses()
