@@ -21,14 +21,24 @@ def with_own_step_ends(a, handle):
         a.end_without_finalize(lambda: lbl.end_step(a.chunks))
 
 
+def with_megatrons_finalize(a, handle):
+    """It takes a collection of process groups; Megatron's schedule would ask `parallel_state`."""
+    for _ in range(a.problem.steps):
+        a.begin()
+        for m in range(a.problem.micro_batches):
+            a.micro_batch(m)
+        a.end()
+
+
+@pytest.mark.parametrize("script", [with_own_step_ends, with_megatrons_finalize])
 @pytest.mark.parametrize("record", [False, True])
 @pytest.mark.parametrize("scope", SCOPES)
-def test_without_parallel_state(workers, tmp_path, scope, record):
+def test_without_parallel_state(workers, tmp_path, scope, record, script):
     problem = Problem(scope, 2, 2, 4, window_steps=2, masks="uneven", micro_coeff=0.003)
     register = {"scope": scope, "micro_coeff": 0.003, **({"window_steps": 2} if scope == "window" else {})}
     if record:
         register["metrics_dir"] = str(tmp_path)
-    check(workers, with_own_step_ends, Spec(problem, groups="all"), register=register, initialize=False)
+    check(workers, script, Spec(problem, groups="all"), register=register, initialize=False)
     found = [json.loads(line) for file in tmp_path.glob("balance.*.jsonl") for line in file.read_text().splitlines()]
     lines = [line["tokens_per_expert"] for line in found if "tokens_per_expert" in line]
     expected = [[C.sum(0).long().tolist() for C, _, _ in sums(problem, step)] for step in range(problem.steps)]

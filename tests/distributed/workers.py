@@ -54,7 +54,12 @@ class Pool:
                     failures.append(f"rank {rank}: no answer")
                     stuck = True
                     continue
-                kind, value = pipe.recv()
+                try:
+                    kind, value = pipe.recv()
+                except (EOFError, OSError) as error:  # killed, by gloo for example
+                    failures.append(f"rank {rank}: its process has ended ({type(error).__name__})")
+                    stuck = True
+                    continue
                 if kind == "error":
                     failures.append(f"rank {rank}:\n{value}")
                 results.append(value)

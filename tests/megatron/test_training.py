@@ -43,6 +43,18 @@ def test_trains_and_resumes_bit_identically(undisturbed, tmp_path, scope):
     assert ("window continues with 2 steps" in resumed.output) == (scope == "window")
 
 
+def test_resumes_bit_identically_from_a_resumed_run(undisturbed, tmp_path):
+    """The second checkpoint holds the newest window of every pipeline stage, not what the first one brought."""
+    curve, checkpoint = undisturbed("window").curve(), str(undisturbed("window").directory / "checkpoint")
+    processes, arguments = LAYOUTS["window"]
+    arguments = ["--moe-lbl-scope", "window", *arguments]
+    second = str(tmp_path / "checkpoint")
+    stop = ["--save", second, "--save-interval", "1", "--exit-interval", "4"]
+    train(tmp_path / "once", *arguments, "--load", checkpoint, "--ckpt-step", "3", *stop, processes=processes)
+    twice = train(tmp_path / "twice", *arguments, "--load", second, "--ckpt-step", "4", processes=processes)
+    assert twice.curve() == {step: curve[step] for step in (5, 6)}
+
+
 def test_micro_is_megatron_bit_by_bit(undisturbed, tmp_path):
     plain = train(tmp_path, plugin=False)
     assert plain.curve() == undisturbed("micro").curve()
