@@ -216,7 +216,7 @@ class Engine:
             ConfigError: no routers were named, and layers of several models were met.
         """
         if routers is None:
-            self._require_one_model("state_dict")
+            self._require_one_model("state_dict", True)
             return {**self._loaded_by_key, **{layer.info.key: saved_state(layer) for layer in self._layers_of(None)}}
         found = {name: self._layers.get(router) for name, router in routers.items()}
         entries = {name: saved_state(layer) for name, layer in found.items() if layer is not None}
@@ -230,7 +230,8 @@ class Engine:
             ConfigError: it belongs to another model; or no routers were named, and layers of several models were met.
         """
         if routers is None:
-            self._require_one_model("load_state_dict")
+            gc.collect()  # on all ranks alike: a model that was replaced is gone, or it is still somebody's
+            self._require_one_model("load_state_dict", len(self._layers) == len(self._layers_of(None)))
             self._loaded_by_key = dict(state)
             for layer in self._layers_of(None):
                 if layer.info.key in state:
@@ -305,10 +306,8 @@ class Engine:
             print("> moe-lbl: forwards were counted that no step's end followed; their counts are dropped", flush=True)
         self._drop_was_said = True
 
-    def _require_one_model(self, verb: str) -> None:
-        gc.collect()  # on all ranks alike: a model that was replaced is gone, or it is still somebody's
-        gone = len(self._layers) < len(self._layers_of(None))
-        if self._met_twice or gone:
+    def _require_one_model(self, verb: str, is_there: bool) -> None:
+        if self._met_twice or not is_there:
             raise ConfigError(
                 f"{verb} was not told whose state is meant, and the registration has met several models, or one that is gone; "
                 f"allowed: {verb}(..., model=...) with the model or its chunks"
