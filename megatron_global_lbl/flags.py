@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         metavar="{micro,dp,global,window}",
         help="Tokens over which the expert frequencies f of the load-balancing loss are counted: this micro-batch on this "
         "data-parallel rank (micro: Megatron's own loss, untouched), on all data-parallel ranks (dp), the whole global batch "
-        "(global), or the last completed steps (window). Default: micro.",
+        "(global), or the last completed steps (window: experimental, many steps trained worse than global). Default: micro.",
     )
     group.add_argument(
         "--moe-lbl-window-steps",
@@ -155,7 +155,7 @@ def describe(args: argparse.Namespace, settings: Settings) -> list[str]:
         of_all = f" of {args.data_parallel_size}" if settings.group_size else ""
         factors.insert(0, (ranks, f"dp ranks{of_all}"))
     if settings.window_steps:
-        factors.append((settings.window_steps, "steps"))
+        factors.append((settings.window_steps, "steps" if settings.window_steps > 1 else "step"))
     total = 1
     for number, _ in factors:
         total *= number
@@ -166,7 +166,7 @@ def describe(args: argparse.Namespace, settings: Settings) -> list[str]:
     elif settings.scope is not Scope.WINDOW and total == args.micro_batch_size:
         lines.append(
             f"!! scope {settings.scope.value} equals micro here: f is counted over one micro-batch of one data-parallel rank; "
-            f"scope {'global' if micro_batches > 1 else 'window'} counts over more"
+            f"{'scope global counts' if micro_batches > 1 else 'more micro-batches or ranks count'} over more"
         )
     if getattr(args, "rampup_batch_size", None):
         lines.append("the number is for the full batch; it is smaller while --rampup-batch-size ramps up")

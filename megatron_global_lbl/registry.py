@@ -143,8 +143,8 @@ def register(
     handle that exists.
 
     Args:
-        scope: "micro" (Megatron untouched), "dp", "global" or "window".
-        window_steps: optimizer steps that `window` counts over, >= 1; 16 if not given.
+        scope: "micro" (Megatron untouched), "dp", "global" or "window" (experimental).
+        window_steps: optimizer steps that `window` counts over, >= 1; 1 if not given.
         micro_coeff: coefficient of a micro-batch LBL that is added.
         start_iter: `micro` before this 0-based iteration.
         group_size: data-parallel ranks per synchronisation group; all if not given.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from enum import Enum
 
-DEFAULT_WINDOW_STEPS = 16
+DEFAULT_WINDOW_STEPS = 1
 
 
 class ConfigError(ValueError):
@@ -22,7 +22,7 @@ class Scope(str, Enum):
     GLOBAL = "global"
     """All data-parallel ranks and the step's micro-batches (the paper's synchronisation + buffer)."""
     WINDOW = "window"
-    """All data-parallel ranks and the last completed optimizer steps."""
+    """All data-parallel ranks and the last completed optimizer steps. Experimental (docs/operations.md)."""
 
 
 class Sync(str, Enum):

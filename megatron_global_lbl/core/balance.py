@@ -20,33 +20,33 @@ from megatron_global_lbl.core.loss import score_gradient
 from megatron_global_lbl.settings import Scope, Sync
 
 
-def count(layer: Layer, selection: Tensor, padding_mask: Tensor | None, coeff: float | None) -> CountedForward:
+def count(layer: Layer, selection: Tensor, padding_mask: Tensor | None, *, in_scope: bool) -> CountedForward:
     """Count a forward that is running now, and start the reductions that the scope needs.
 
     Args:
         layer: whose forward it is.
         selection: [T, E] bool, the experts that the router selected for each token.
         padding_mask: [T] bool, True for padding; None when every token is valid.
-        coeff: alpha of the loss that is attached; None if none is.
+        in_scope: a loss will be attached; otherwise the forward only fills a window.
     """
     if padding_mask is not None:
         selection = selection & ~padding_mask.unsqueeze(1)
     # int32 is enough for one micro-batch (2^31 tokens over all ranks), and is what travels.
     counts_E = selection.sum(dim=0, dtype=torch.int32)
     layer.captured |= is_capturing(counts_E)
-    return SCOPES[layer.table.settings.scope](layer, counts_E, coeff)
+    return SCOPES[layer.table.settings.scope](layer, counts_E, in_scope)
 
 
 class CountedForward(AwaitedBackward):
     """What one forward of one layer leaves for its backward: nothing of size [T, E]."""
 
-    def __init__(self, layer: Layer, counts_E: Tensor, coeff: float | None) -> None:
+    def __init__(self, layer: Layer, counts_E: Tensor, in_scope: bool) -> None:
         super().__init__(layer)
         settings = layer.table.settings
-        self.coeff = coeff
+        self.in_scope = in_scope
         self._blocking = settings.sync is Sync.BLOCKING
         # A layer that is applied several times per micro-batch adds its loss as often.
-        self._micro_coeff = settings.micro_coeff / layer.info.applications if coeff is not None else 0.0
+        self._micro_coeff = settings.micro_coeff / layer.info.applications if in_scope else 0.0
         self._micro = self._start(counts_E.clone(), layer.table.group.model) if self._micro_coeff else None
 
     def _start(self, counts_E: Tensor, group: torch.distributed.ProcessGroup) -> Reduction:
@@ -56,16 +56,16 @@ class CountedForward(AwaitedBackward):
         """Take the scores summed over the tokens, for the log."""
         self.layer.score_sums_E += score_sums_E
 
-    def score_gradient(self, *, per_token: bool) -> Tensor:
+    def score_gradient(self, *, coeff: float, per_token: bool) -> Tensor:
         """[E] gradient of the loss with respect to the scores of any token on this rank, in units in which the mean over
         data-parallel ranks is the loss' gradient; called in the backward.
 
         Args:
+            coeff: alpha.
             per_token: the schedule divides every gradient by the step's tokens afterwards (`--calculate-per-token-loss`),
                 so p must not be divided here.
         """
-        assert self.coeff is not None
-        gradient_E = self._gradient_of_scope(self.coeff, per_token)
+        gradient_E = self._gradient_of_scope(coeff, per_token)
         if self._micro is not None:
             micro_E = self._micro.wait()
             gradient_E = gradient_E + self._gradient(micro_E, micro_E, self._micro_coeff, 1, per_token)
@@ -87,8 +87,8 @@ class _Dp(CountedForward):
 
     _score_sums_E: Tensor
 
-    def __init__(self, layer: Layer, counts_E: Tensor, coeff: float | None) -> None:
-        super().__init__(layer, counts_E, coeff)
+    def __init__(self, layer: Layer, counts_E: Tensor, in_scope: bool) -> None:
+        super().__init__(layer, counts_E, in_scope)
         self._summed = self._start(counts_E, layer.table.group.counted)
         if not is_capturing(counts_E):
             layer.started.append(self._summed)
@@ -107,8 +107,8 @@ class _Dp(CountedForward):
 class _Global(CountedForward):
     """f over the step's micro-batches whose forward has run, on all data-parallel ranks."""
 
-    def __init__(self, layer: Layer, counts_E: Tensor, coeff: float | None) -> None:
-        super().__init__(layer, counts_E, coeff)
+    def __init__(self, layer: Layer, counts_E: Tensor, in_scope: bool) -> None:
+        super().__init__(layer, counts_E, in_scope)
         layer.counts_C[-1:].add_(1)
         self._summed = self._start(counts_E, layer.table.group.counted)
         layer.started.append(self._summed)
@@ -123,8 +123,8 @@ class _Global(CountedForward):
 class _Window(CountedForward):
     """f over the last completed steps; summed over ranks once per step, all layers together (window.py)."""
 
-    def __init__(self, layer: Layer, counts_E: Tensor, coeff: float | None) -> None:
-        super().__init__(layer, counts_E, coeff)
+    def __init__(self, layer: Layer, counts_E: Tensor, in_scope: bool) -> None:
+        super().__init__(layer, counts_E, in_scope)
         layer.counts_C[-1:].add_(1)
         layer.counts_C[:-1].add_(counts_E)
 

@@ -48,7 +48,7 @@ class Engine:
         self._loaded_by_key: dict[str, dict] = {}
         self._loaded: WeakKeyDictionary[nn.Module, dict] = WeakKeyDictionary()
         self._without_loss: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
-        self._drop_was_said = False
+        self._said: set[str] = set()
 
     @property
     def has_counted(self) -> bool:
@@ -78,12 +78,9 @@ class Engine:
             return None
         if which is Pass.SECOND:
             counted = self.recomputation.call.take_up(layer).counted
-            replaces = counted is not None and counted.coeff is not None
-            return RouterForward(layer, which, loss, counts=False, replaces=replaces, counted=counted)
-        started = self.settings.scope is not Scope.MICRO and self._iteration(layer) >= self.settings.start_iter
-        # A window fills while the loss is Megatron's, too; and f holds forwards whose own coefficient is 0.
-        counts = started or self.settings.scope is Scope.WINDOW
-        return RouterForward(layer, which, loss, counts, replaces=started and loss is not None)
+            return RouterForward(layer, which, loss, counted is not None and counted.in_scope, counted)
+        in_scope = self.settings.scope is not Scope.MICRO and self._iteration(layer) >= self.settings.start_iter
+        return RouterForward(layer, which, loss, in_scope)
 
     def finish(self, forward: RouterForward, *, probs: Tensor, padding_mask: Tensor | None) -> Tensor:
         """The forward is over.
@@ -107,26 +104,26 @@ class Engine:
         if self._record is not None and scores is not None:
             self._record.observe(layer, scores=scores, selection=selection, padding_mask=padding_mask)
         counted = forward.counted
-        if forward.counts:
-            coeff = forward.loss.coeff if forward.replaces and forward.loss is not None else None
-            counted = count(layer, selection, padding_mask, coeff)
+        # A window fills before `--moe-lbl-start-iter`, too; and f holds forwards whose own coefficient is 0.
+        if forward.which is not Pass.SECOND and (forward.in_scope or self.settings.scope is Scope.WINDOW):
+            counted = count(layer, selection, padding_mask, in_scope=forward.in_scope)
         if forward.which is Pass.FIRST:
             call = self.recomputation.call
             call.keep(FirstForward(layer, counted))
-            if forward.replaces and call.trained and counted is not None:
+            if forward.in_scope and call.trained and counted is not None:
                 counted.await_backward()
             return probs
-        if not forward.replaces or counted is None:
+        if not forward.in_scope or counted is None:
             return probs
-        assert scores is not None and forward.loss is not None
+        if forward.loss is None or not (probs.requires_grad or (scores is not None and scores.requires_grad)):
+            counted.backward_has_come()  # the coefficient is 0, or all that leads here is frozen
+            return probs
+        assert scores is not None
         layer.kind = forward.loss.kind
         counted.observe(scores.detach().sum(dim=0))
-        if not (probs.requires_grad or scores.requires_grad):  # all that leads here is frozen
-            counted.backward_has_come()
-            return probs
         if forward.which is Pass.ONLY:
             counted.await_backward()
-        return attach_loss(probs=probs, scores=scores, counted=counted)
+        return attach_loss(probs=probs, scores=scores, counted=counted, coeff=forward.loss.coeff)
 
     def note_router_without_loss(self, router: nn.Module) -> None:
         """A forward of a router that has no auxiliary loss for the scope to act on, whatever its coefficients."""
@@ -175,6 +172,8 @@ class Engine:
             self._refuse_nothing_to_act_on(routers)
             return False
         iteration = self._iteration(ended[0])
+        if not any(layer.kind for layer in ended) and iteration >= self.settings.start_iter:
+            self._say_coefficient_is_zero(ended[0])
         for table in list(self._tables):
             of_table = [layer for layer in table.layers if layer in ended]
             if of_table and len(of_table) < len(table.layers):
@@ -300,11 +299,21 @@ class Engine:
             )
 
     def _say_dropped(self, layers: list[Layer]) -> None:
-        if any(layer.captured for layer in layers):  # the warm-up of CUDA graphs
-            return
-        if not self._drop_was_said and dist.get_rank() == min(dist.get_process_group_ranks(layers[0].info.stage)):
-            print("> moe-lbl: forwards were counted that no step's end followed; their counts are dropped", flush=True)
-        self._drop_was_said = True
+        if not any(layer.captured for layer in layers):  # else it is the warm-up of CUDA graphs
+            self._say_once("forwards were counted that no step's end followed; their counts are dropped", layers[0])
+
+    def _say_coefficient_is_zero(self, layer: Layer) -> None:
+        if self.settings.scope is not Scope.MICRO and not layer.captured:
+            scope = self.settings.scope.value
+            self._say_once(
+                f"!! the coefficient of the load-balancing loss is 0: scope {scope} does nothing until it is raised", layer
+            )
+
+    def _say_once(self, text: str, layer: Layer) -> None:
+        """The first rank of the layer's pipeline stage says it."""
+        if text not in self._said and dist.get_rank() == min(dist.get_process_group_ranks(layer.info.stage)):
+            print(f"> moe-lbl: {text}", flush=True)
+        self._said.add(text)
 
     def _require_one_model(self, verb: str, is_there: bool) -> None:
         if self._met_twice or not is_there:

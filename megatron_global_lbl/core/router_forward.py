@@ -21,8 +21,7 @@ class RouterForward:
         layer: whose forward it is.
         which: ONLY, or one of the two forwards of a recomputed layer.
         loss: what the router's own auxiliary loss is; None if it has none in this forward.
-        counts: its selections are counted, here and not in another of its forwards.
-        replaces: Megatron's own loss is left out.
+        in_scope: the loss is the plugin's, not Megatron's: the scope is not `micro`, and its start has come.
         counted: what the first of two forwards counted.
         selection: [T, E] bool, the experts that were selected.
         scores: [T, E] the scores of the auxiliary loss; None in the first of two forwards.
@@ -31,11 +30,15 @@ class RouterForward:
     layer: Layer
     which: Pass
     loss: RouterLoss | None
-    counts: bool
-    replaces: bool
+    in_scope: bool
     counted: CountedForward | None = None
     selection: Tensor | None = None
     scores: Tensor | None = None
+
+    @property
+    def replaces(self) -> bool:
+        """Whether Megatron's own loss is left out."""
+        return self.in_scope and self.loss is not None
 
 
 class Record(Protocol):

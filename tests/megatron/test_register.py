@@ -13,8 +13,12 @@ SYMBOLS = """
 import importlib
 router = importlib.import_module("megatron.core.transformer.moe.router")
 finalize = importlib.import_module("megatron.core.distributed.finalize_model_grads")
+ddp = importlib.import_module("megatron.core.distributed.distributed_data_parallel")
+random = importlib.import_module("megatron.core.tensor_parallel.random")
 def symbols():
-    return {**vars(router), **{f"TopKRouter.{k}": v for k, v in vars(router.TopKRouter).items()}, **vars(finalize)}
+    classes = router.TopKRouter, ddp.DistributedDataParallel, random.CheckpointFunction
+    methods = {f"{cls.__name__}.{name}": value for cls in classes for name, value in vars(cls).items()}
+    return {**vars(router), **vars(finalize), **methods}
 before = symbols()
 """
 
@@ -33,7 +37,7 @@ import pytest
 import megatron_global_lbl as lbl
 assert symbols() == before, "importing patches nothing"
 handle = lbl.register(scope="global")
-assert len(handle.hooked) == 7 and symbols() != before
+assert len(handle.hooked) == 9 and symbols() != before
 assert lbl.register(scope="global") is handle, "the same settings twice are fine"
 with pytest.raises(lbl.ConfigError, match="registered already with other settings"):
     lbl.register(scope="dp")

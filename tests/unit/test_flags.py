@@ -73,7 +73,7 @@ def test_refused_with_one_line(args, message, monkeypatch, capsys):
     [
         (GLOBAL, "f counted over 256 sequences: 8 dp ranks x 4 micro-batches x 8"),
         (("--moe-lbl-scope", "dp"), "f counted over 64 sequences: 8 dp ranks x 8"),
-        (("--moe-lbl-scope", "window"), "f counted over 4096 sequences: 8 dp ranks x 4 micro-batches x 8 x 16 steps"),
+        (("--moe-lbl-scope", "window"), "f counted over 256 sequences: 8 dp ranks x 4 micro-batches x 8 x 1 step"),
         ((*GLOBAL, "--moe-lbl-group-size", "2"), "f counted over 64 sequences: 2 dp ranks of 8 x 4 micro-batches x 8"),
         ((), "scope micro; f counted over 8 sequences: 8 (Megatron's own loss, untouched)"),
     ],
@@ -87,9 +87,9 @@ def test_describes_the_balance_batch(command_line, line):
 @pytest.mark.parametrize(
     "command_line, megatron, counts_more",
     [
-        (("--moe-lbl-scope", "dp"), {"data_parallel_size": 1}, "global"),
-        (("--moe-lbl-scope", "dp", "--moe-lbl-group-size", "1"), {}, "global"),
-        (GLOBAL, {"data_parallel_size": 1, "global_batch_size": 8}, "window"),
+        (("--moe-lbl-scope", "dp"), {"data_parallel_size": 1}, "scope global counts"),
+        (("--moe-lbl-scope", "dp", "--moe-lbl-group-size", "1"), {}, "scope global counts"),
+        (GLOBAL, {"data_parallel_size": 1, "global_batch_size": 8}, "more micro-batches or ranks count"),
         (("--moe-lbl-scope", "dp"), {"data_parallel_size": 2}, None),
         (GLOBAL, {"data_parallel_size": 1}, None),
         (("--moe-lbl-scope", "window"), {"data_parallel_size": 1, "global_batch_size": 8}, None),
@@ -105,7 +105,7 @@ def test_says_that_a_scope_equals_micro(command_line, megatron, counts_more):
     else:
         assert said == [
             f"!! scope {settings.scope.value} equals micro here: f is counted over one micro-batch of one data-parallel rank; "
-            f"scope {counts_more} counts over more"
+            f"{counts_more} over more"
         ]
 
 

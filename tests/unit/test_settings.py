@@ -34,6 +34,6 @@ def test_refused(values, message):
 
 def test_defaults_and_texts_from_a_command_line():
     settings = Settings.create(scope="window", micro_coeff="1e-3", start_iter="5", group_size="4")
-    assert (settings.window_steps, settings.micro_coeff, settings.start_iter, settings.group_size) == (16, 1e-3, 5, 4)
+    assert (settings.window_steps, settings.micro_coeff, settings.start_iter, settings.group_size) == (1, 1e-3, 5, 4)
     assert settings.sync is Sync.OVERLAP
     assert Settings.create(scope="global").window_steps is None
