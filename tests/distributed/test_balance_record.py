@@ -71,7 +71,7 @@ def test_multi_token_prediction(workers, tmp_path, scope, mtp):
         assert_line(line, expected_line(problem, step))
 
 
-@pytest.mark.parametrize("pattern", ["ABABAB", "ABBABA", "AAABBB"])
+@pytest.mark.parametrize("pattern", ["ABBABA"])
 @pytest.mark.parametrize("scope", SCOPES)
 def test_two_models(workers, tmp_path, scope, pattern):
     """With numbers of micro-batches of their own; each step of each is on one line of some file."""

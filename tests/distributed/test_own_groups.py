@@ -31,15 +31,13 @@ def with_megatrons_finalize(a, handle):
 
 
 @pytest.mark.parametrize("script", [with_own_step_ends, with_megatrons_finalize])
-@pytest.mark.parametrize("record", [False, True])
 @pytest.mark.parametrize("scope", SCOPES)
-def test_without_parallel_state(workers, tmp_path, scope, record, script):
+def test_without_parallel_state(workers, tmp_path, scope, script):
     problem = Problem(scope, 2, 2, 4, window_steps=2, masks="uneven", micro_coeff=0.003)
     register = {"scope": scope, "micro_coeff": 0.003, **({"window_steps": 2} if scope == "window" else {})}
-    if record:
-        register["metrics_dir"] = str(tmp_path)
+    register["metrics_dir"] = str(tmp_path)
     check(workers, script, Spec(problem, groups="all"), register=register, initialize=False)
     found = [json.loads(line) for file in tmp_path.glob("balance.*.jsonl") for line in file.read_text().splitlines()]
     lines = [line["tokens_per_expert"] for line in found if "tokens_per_expert" in line]
     expected = [[C.sum(0).long().tolist() for C, _, _ in sums(problem, step)] for step in range(problem.steps)]
-    assert lines == (expected if record else [])
+    assert lines == expected

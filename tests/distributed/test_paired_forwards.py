@@ -30,20 +30,17 @@ def pairs(scope: str, **options) -> Problem:
     return Problem(scope, 2, 4, 3, window_steps=2, masks="ragged", together=2, **options)
 
 
-@pytest.mark.parametrize("micro_coeff", [0.0, 0.003])
 @pytest.mark.parametrize("recompute", RECOMPUTE)
 @pytest.mark.parametrize("scope", SCOPES)
-def test_one_backward_of_both(workers, scope, recompute, micro_coeff):
-    problem = pairs(scope, micro_coeff=micro_coeff)
+def test_one_backward_of_both(workers, scope, recompute):
+    problem = pairs(scope, micro_coeff=0.003)
     check(workers, chosen_and_rejected, problem, layout=Layout(recompute=recompute), args=("together",))
 
 
-@pytest.mark.parametrize("order", ["chosen first", "rejected first"])
-@pytest.mark.parametrize("recompute", RECOMPUTE)
+@pytest.mark.parametrize("order, recompute", [("chosen first", "full"), ("rejected first", None), ("rejected first", "full")])
 @pytest.mark.parametrize("scope", SCOPES)
-def test_one_backward_after_the_other(workers, scope, recompute, order):
-    problem = pairs(scope, micro_coeff=0.003)
-    check(workers, chosen_and_rejected, problem, layout=Layout(recompute=recompute), args=(order,))
+def test_one_backward_after_the_other(workers, scope, order, recompute):
+    check(workers, chosen_and_rejected, pairs(scope), layout=Layout(recompute=recompute), args=(order,))
 
 
 @pytest.mark.parametrize("recompute", [None, "full"])
