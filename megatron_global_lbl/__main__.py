@@ -37,10 +37,11 @@ def main(argv: list[str]) -> None:
         import megatron_cpu
 
         megatron_cpu.install()
+    from megatron_global_lbl import flags
     from megatron_global_lbl.hook import arguments
 
     try:
-        arguments.install()
+        arguments.install(flags.add_arguments, flags.activate)
     except ImportError as error:
         raise SystemExit(f"megatron_global_lbl: error: {error}") from None
     runpy.run_path(str(script), run_name="__main__")

@@ -9,18 +9,22 @@ import argparse
 import functools
 import importlib
 import sys
+from collections.abc import Callable
 from types import ModuleType
 
-from megatron_global_lbl import flags
 from megatron_global_lbl.hook.versions import SUPPORTED, UnsupportedMegatron, installed_version, require_supported
 
 ARGUMENTS = "megatron.training.arguments"
 
 
-def install() -> None:
-    """Add the flags to Megatron's own parser, and turn on what they ask for once Megatron has validated its arguments.
+def install(add_arguments: Callable, activate: Callable) -> None:
+    """Add flags to Megatron's own parser, and turn on what they ask for once Megatron has validated its arguments.
 
     Lasts for the process: the launcher is its only caller.
+
+    Args:
+        add_arguments: takes the parser, gives it back with the flags.
+        activate: takes the validated arguments.
 
     Raises:
         UnsupportedMegatron: no Megatron-Core, an unsupported release, no training loop beside it, or a symbol missing.
@@ -41,13 +45,13 @@ def install() -> None:
     def add_megatron_arguments(parser):
         parser = original_add(parser)
         _mend_help(parser)
-        return flags.add_arguments(parser)
+        return add_arguments(parser)
 
     @functools.wraps(original_validate)
     def validate_args(args, defaults={}):
         # Megatron returns the arguments; whoever drops its result has the same object.
         validated = original_validate(args, defaults)
-        flags.activate(args)
+        activate(args)
         return validated
 
     vars(arguments)["add_megatron_arguments"] = add_megatron_arguments

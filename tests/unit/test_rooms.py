@@ -1,0 +1,106 @@
+"""The structure of the package: who imports whom, and where Megatron and the collectives are."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+PACKAGE = "megatron_global_lbl"
+# Each room with the rooms that it may import; the door is everything that lies in the package itself but the settings.
+ROOMS = {
+    "settings": set(),
+    "core": {"settings"},
+    "metrics": {"settings", "core"},
+    "hook": {"settings", "core"},
+    "command": {"settings", "hook", "door"},
+    "door": {"settings", "core", "metrics", "hook"},
+}
+COLLECTIVES = {
+    *("all_reduce", "all_gather", "all_gather_into_tensor", "all_gather_object", "all_to_all", "all_to_all_single", "barrier"),
+    *(
+        "broadcast",
+        "broadcast_object_list",
+        "gather",
+        "gather_object",
+        "new_group",
+        "recv",
+        "reduce",
+        "reduce_scatter",
+        "scatter",
+    ),
+    *("reduce_scatter_tensor", "scatter_object_list", "send"),
+}
+
+
+def modules() -> dict[str, ast.Module]:
+    files = sorted((ROOT / PACKAGE).rglob("*.py"))
+    assert len(files) > 30
+    return {".".join(file.relative_to(ROOT).with_suffix("").parts): ast.parse(file.read_text()) for file in files}
+
+
+def room(module: str) -> str:
+    parts = module.split(".")[1:]
+    return parts[0] if parts and parts[0] in ROOMS else "door"
+
+
+def imported(tree: ast.Module, known: set[str], *, for_types: bool = False) -> set[str]:
+    """Modules that are imported anywhere in a file, in functions too; those only for type checkers on demand."""
+    only_for_types = {
+        node
+        for branch in ast.walk(tree)
+        if isinstance(branch, ast.If) and ast.unparse(branch.test) == "TYPE_CHECKING"
+        for node in ast.walk(branch)
+    }
+    found = set()
+    for node in ast.walk(tree):
+        if node in only_for_types and not for_types:
+            continue
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= (names & known) or {node.module}
+    return found
+
+
+def test_no_arrow_upwards():
+    trees = modules()
+    for module, tree in trees.items():
+        used = {room(name) for name in imported(tree, set(trees), for_types=True) if name.split(".")[0] == PACKAGE}
+        assert used <= {room(module)} | ROOMS[room(module)], f"{module} imports from {used}"
+
+
+def test_no_circle():
+    trees = modules()
+    arrows = {module: imported(tree, set(trees)) & set(trees) for module, tree in trees.items()}
+    while arrows:
+        leaves = {module for module, targets in arrows.items() if not targets & set(arrows)}
+        assert leaves, f"a circle among {sorted(arrows)}"
+        arrows = {module: targets for module, targets in arrows.items() if module not in leaves}
+
+
+def test_only_the_hook_and_the_commands_know_megatron():
+    trees = modules()
+    knows = {
+        module
+        for module, tree in trees.items()
+        if any(name.split(".")[0] == "megatron" for name in imported(tree, set(trees), for_types=True))
+    }
+    assert {room(module) for module in knows} == {"hook"}, knows
+
+
+def test_one_place_issues_collectives():
+    found = {
+        module
+        for module, tree in modules().items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in COLLECTIVES
+        if ast.unparse(node.func.value) in ("dist", "torch.distributed")
+    }
+    assert found == {f"{PACKAGE}.core.collective"}
+
+
+def test_cpu_mode_does_not_need_the_plugin():
+    for file in (ROOT / "megatron_cpu").rglob("*.py"):
+        assert PACKAGE not in {name.split(".")[0] for name in imported(ast.parse(file.read_text()), set())}, file
