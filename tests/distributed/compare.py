@@ -7,6 +7,7 @@ import dataclasses
 import harness
 import torch
 import truth
+from core_cases import masks_of_release
 from layout import Layout
 from truth import Problem
 
@@ -44,7 +45,8 @@ def check(
         without: fields of TransformerConfig for a run of Megatron alone whose gradient is subtracted: its own other losses.
         extra: more fields of TransformerConfig.
     """
-    problem = dataclasses.replace(problem, pipeline=(layout.pp, layout.chunks))
+    masks = masks_of_release(problem, layout)
+    problem = dataclasses.replace(problem, pipeline=(layout.pp, layout.chunks), masks=masks)
     ranks = run_ranks(workers, problem, layout, register_arguments(problem) | {"sync": sync}, **extra)
     low_precision = problem.dtype != "float32"
     expected = truth.gradients(problem, assembled_selections(problem, ranks) if low_precision else None)

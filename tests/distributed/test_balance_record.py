@@ -111,3 +111,30 @@ def test_two_models_at_once(workers, tmp_path, scope):
         expected = expected_line(problem, 0)
         (found,) = [line for line in lines if line["tokens_per_expert"] == expected["tokens_per_expert"]]
         assert_line(found, expected)
+
+
+def on_a_disk_that_fails(a, directory, handle):
+    import shutil
+
+    import torch.distributed as dist
+
+    a.step()
+    if dist.get_rank() == 0:  # the only one that writes; nothing can be written below a file
+        shutil.rmtree(directory)
+        Path(directory).write_text("")
+    for _ in range(2):
+        a.step()
+
+
+def test_training_goes_on_without_its_record(workers, tmp_path):
+    directory = tmp_path / "record"
+    ranks = check(
+        workers,
+        on_a_disk_that_fails,
+        Spec(Problem("global", 2, 2, 3)),
+        register=arguments("global", directory),
+        args=(str(directory),),
+    )
+    said = [[line for line in rank["printed"].splitlines() if "balance record" in line] for rank in ranks]
+    assert [len(lines) for lines in said] == [1, 0]
+    assert "ends before iteration 2: " in said[0][0] and "the training goes on" in said[0][0]

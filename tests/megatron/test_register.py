@@ -52,6 +52,9 @@ with pytest.raises(RuntimeError, match="inside"):
         assert symbols() != before
         raise RuntimeError("inside")
 assert symbols() == before
+with pytest.raises(lbl.ConfigError, match="--moe-lbl-metrics-dir /dev/null/balance: Not a directory; allowed"):
+    lbl.register(scope="global", metrics_dir="/dev/null/balance")
+assert symbols() == before, "refused before anything is replaced"
 assert lbl.register(scope="micro").hooked == [] and symbols() == before
 print("all held")
 """
