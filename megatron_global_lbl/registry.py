@@ -94,7 +94,7 @@ class Handle:
             model: whose layers; a module or the list of its chunks. Needed where several models are trained.
 
         Raises:
-            ConfigError: several models were met, or one that is gone, and none is named.
+            ConfigError: several models were met, and none is named.
         """
         return {"format": STATE_FORMAT, "layers": self._engine.state(_routers_of(model))}
 
@@ -106,7 +106,8 @@ class Handle:
             model: whose layers. Needed where several models are trained.
 
         Raises:
-            ConfigError: now or at the first forward, if it belongs to other experts, another top-k or other groups.
+            ConfigError: several models were met, or one that is gone, and none is named; now or at the first forward, if the
+                state belongs to other experts, another top-k or other groups.
         """
         if state.get("format") != STATE_FORMAT:
             raise ConfigError(f"state_dict of format {state.get('format')}: unknown; allowed: {STATE_FORMAT}")

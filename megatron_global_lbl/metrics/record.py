@@ -19,7 +19,7 @@ Shape suffixes: L layers, F forwards of all layers, E experts; S = 2 E + 1 (sele
 from __future__ import annotations
 
 import json
-import os
+import tempfile
 from pathlib import Path
 
 import torch
@@ -39,11 +39,10 @@ def require_writable(directory: str) -> None:
     Raises:
         ConfigError: it cannot be made or written.
     """
-    probe = Path(directory) / f".writable.{os.getpid()}"
     try:
-        probe.parent.mkdir(parents=True, exist_ok=True)
-        probe.write_text("", encoding="utf-8")
-        probe.unlink()
+        Path(directory).mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=directory):
+            pass
     except OSError as error:
         reason = error.strerror or str(error)
         raise ConfigError(f"{flag('metrics_dir')} {directory}: {reason}; allowed: a directory that can be written") from None

@@ -24,9 +24,14 @@ NOT_SOURCE = (".git", ".venv*", ".versions", ".*cache", "build", "dist", "*.egg-
 BUILD = "import sys; from setuptools import build_meta; getattr(build_meta, sys.argv[1])(sys.argv[2])"
 
 
-def run(*command: str | Path, cwd: Path | None = None) -> str:
+# As if it were published there.
+REPOSITORY = "https://repository.invalid/megatron_global_lbl"
+
+
+def run(*command: str | Path, cwd: Path | None = None, repository: str = REPOSITORY) -> str:
     """Standard output of a command that has to succeed, run without this checkout on its path."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "PIP_USER"))}
+    environment["MEGATRON_GLOBAL_LBL_REPOSITORY"] = repository
     result = subprocess.run(list(map(str, command)), cwd=cwd, env=environment, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, f"{command}:\n{result.stdout[-2000:]}{result.stderr[-2000:]}"
     return result.stdout
@@ -98,6 +103,7 @@ def test_long_description_has_no_relative_links(built):
     """Each link of the README is absolute, images to the file itself, and leads to a file that is there."""
     fields = metadata(built["wheel"])
     repository = fields["Home-page"]
+    assert repository == REPOSITORY
     links = re.findall(r"(!?)\[[^]]*\]\(([^)]+)\)", str(fields.get_payload()))
     assert all(target.startswith("https://") for _, target in links)
     assert "<img" not in str(fields.get_payload())  # setup.py would have to translate these, too
@@ -108,11 +114,18 @@ def test_long_description_has_no_relative_links(built):
             assert (ROOT / path.partition("#")[0]).exists(), target
 
 
-def test_citation_names_this_version_and_repository(built):
-    text = (ROOT / "CITATION.cff").read_text()
-    fields = metadata(built["wheel"])
-    assert f"\nversion: {fields['Version']}\n" in text
-    assert f'\nrepository-code: "{fields["Home-page"]}"\n' in text
+def test_no_address_is_made_up(tmp_path):
+    """Before it is published somewhere."""
+    shutil.copytree(ROOT, tmp_path / "checkout", ignore=shutil.ignore_patterns(*NOT_SOURCE))
+    run(sys.executable, "-c", BUILD, "build_wheel", tmp_path, cwd=tmp_path / "checkout", repository="")
+    (wheel,) = tmp_path.glob("*.whl")
+    fields = metadata(wheel)
+    assert fields["Home-page"] is None
+    assert fields.get_all("Project-URL") == ["Paper, https://arxiv.org/abs/2501.11873"]
+
+
+def test_citation_names_this_version():
+    assert f"\nversion: {megatron_global_lbl.__version__}\n" in (ROOT / "CITATION.cff").read_text()
 
 
 def interpreter(version: str) -> str:
