@@ -55,6 +55,11 @@ class Engine:
         """Whether a forward has run in Python since the last step's end, of any model."""
         return any(layer.ran for layer in self._layers_of(None))
 
+    @property
+    def may_have_counted(self) -> bool:
+        """The same, or a CUDA graph may have been replayed, which runs no Python."""
+        return any(layer.ran or layer.captured for layer in self._layers_of(None))
+
     def was_trained(self, router: nn.Module) -> bool:
         """Whether a backward of the router has run since its last step's end."""
         return router in self._layers and self._layers[router].trained
@@ -135,7 +140,7 @@ class Engine:
         Raises:
             ConfigError: no step's end is ever found, without which scope `window` and `--moe-lbl-start-iter` do nothing.
         """
-        left = [layer for layer in self._layers_of(routers) if layer.ran]
+        left = [layer for layer in self._layers_of(routers) if layer.ran or layer.captured]
         if not left:
             return
         # A step can fail, and a warm-up is not ended. Two in a row are a loop whose step ends are not seen.

@@ -41,6 +41,7 @@ class Layer:
 
     def __init__(self, info: RouterInfo, table: LayerTable) -> None:
         self.info, self.captured, self.steps, self.dropped, self.unfinished = info, False, 0, 0, 0
+        self.kind: str | None = None
         self.started: list[Reduction] = []
         self._new_step()
         table.add(self)
@@ -76,7 +77,8 @@ class Layer:
     def _new_step(self) -> None:
         self.ran = self.trained = False
         self.awaited = 0
-        self.kind: str | None = None
+        if not self.captured:  # a replay tells nothing, so what the capture told holds
+            self.kind = None
 
 
 class LayerTable:

@@ -27,7 +27,7 @@ def install(patches: Patches, engine: Engine) -> None:
 
     def wrap_begin(original):
         def zero_grad_buffer(self, *args, **kwargs):
-            if engine.has_counted:
+            if engine.may_have_counted:
                 engine.begin_step(routers_of(self).values())
             return original(self, *args, **kwargs)
 

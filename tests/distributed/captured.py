@@ -5,11 +5,13 @@ from __future__ import annotations
 import harness
 import torch
 from layout import Layout
+from megatron_log import forget_logged_losses, reported
 from truth import Problem, inputs, weights
 
 
 def train_captured(problem: Problem, register: dict, on_gpu: bool = False) -> dict:
-    """One rank's part: {"grads": [step] gradient of the router's weight, "collectives": how many the captured forward holds}.
+    """One rank's part: {"grads": [step] gradient of the router's weight, "collectives": how many the captured forward holds,
+    "logged": Megatron's load_balancing_loss, summed over the steps}.
 
     Args:
         problem: of one layer; data parallelism only.
@@ -22,7 +24,8 @@ def train_captured(problem: Problem, register: dict, on_gpu: bool = False) -> di
     import megatron_global_lbl as lbl
 
     with lbl.registered(**register) as handle:
-        _, _, (chunk,) = harness.build(problem, Layout(), {})
+        forget_logged_losses()
+        _, (wrapped,), (chunk,) = harness.build(problem, Layout(), {})
         block, rank = chunk.blocks[0], torch.distributed.get_rank()
         MoEAuxLossAutoScaler.set_loss_scale(torch.tensor([1.0 / problem.micro_batches]).cuda())
         static = inputs(problem, 0)[0][0, rank].clone().cuda()
@@ -52,6 +55,10 @@ def train_captured(problem: Problem, register: dict, on_gpu: bool = False) -> di
         steps = []
         for step in range(problem.steps):
             chunk.load(weights(problem, step))
+            if step == 1:  # a step that fails after its first micro-batch
+                forward_graph.replay()
+                backward_graph.replay()
+            wrapped.zero_grad_buffer()
             total = torch.zeros_like(gradient)
             for m in range(problem.micro_batches):
                 static.copy_(inputs(problem, step)[0][m, rank])
@@ -61,7 +68,8 @@ def train_captured(problem: Problem, register: dict, on_gpu: bool = False) -> di
             torch.distributed.all_reduce(total)
             steps.append((total / problem.dp).cpu())
             lbl.end_step()
-    return {"grads": steps, "collectives": forward_graph.collectives()}
+        logged = reported(["load_balancing_loss"], problem.micro_batches, 1)["load_balancing_loss"]
+    return {"grads": steps, "collectives": forward_graph.collectives(), "logged": logged}
 
 
 class _FakedGraph:

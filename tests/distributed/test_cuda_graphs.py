@@ -20,6 +20,7 @@ def test_replay_counts_and_gives_the_gradient(workers, scope):
     expected = truth.gradients(problem)
     for result in ranks:
         assert result["collectives"] == (scope != "window"), "the collective belongs into the captured forward"
+        assert result["logged"] > 0.9 * (problem.steps - (scope == "window")), "the replays' losses are not in the log"
         for step, actual in enumerate(result["grads"]):
             compare_exact(actual, expected[step][0][1], f"step {step}")
     assert expected[-1][0][1].norm() > 0
