@@ -4,6 +4,7 @@
     torchrun --nproc-per-node 8 benchmarks/router_cost.py               # with the collectives of 8 data-parallel ranks
     python benchmarks/router_cost.py --cpu                              # no GPU: launches, bytes, host times
     python benchmarks/router_cost.py --cpu --list-ops --models qwen3-30b-a3b
+    python benchmarks/router_cost.py --cpu --steps                      # launches of whole steps
 
 Megatron's real `TopKRouter` of a bf16 model runs forward and backward, without any loss ("none"), with Megatron's own and
 with this plugin's; what "none" needs is subtracted everywhere. Measured are
@@ -41,6 +42,7 @@ from routers import BASELINE, VARIANTS, build, end_of_step, micro_batch, start, 
 
 WARM_UP_STEPS = 2
 LAYERS = 8  # the plugin ends a step for all layers at once
+STEP_LAYERS, STEP_MICRO_BATCHES = (8, 48), (1, 2, 8)
 HOST_TOKENS = 8
 COUNTED_TOKENS = (96, 192)  # launches do not depend on the tokens; kept bytes are a line through these two
 
@@ -264,6 +266,18 @@ def report_counts(model: str, variants: Sequence[str], router_dtype: str | None,
     return "\n".join([table(head, rows), *(f"\n- {line}" for line in details)])
 
 
+def report_steps(model: str, variants: Sequence[str], router_dtype: str | None) -> str:
+    """Markdown: launches of whole steps, a router without a loss subtracted; no GPU needed."""
+    rows = []
+    for layers in STEP_LAYERS:
+        for micro_batches in STEP_MICRO_BATCHES:
+            sizes = {"tokens": HOST_TOKENS, "router_dtype": router_dtype, "layers": layers, "micro_batches": micro_batches}
+            baseline = launches_of_step(model, BASELINE, **sizes)
+            names = [name for name in variants if name != BASELINE]
+            rows.append([layers, micro_batches, *(launches_of_step(model, name, **sizes) - baseline for name in names)])
+    return table(["layers", "micro-batches", *(name for name in variants if name != BASELINE)], rows)
+
+
 def report_times(
     model: str, variants: Sequence[str], token_counts: Sequence[int], router_dtype: str | None, rounds: int
 ) -> str:
@@ -291,6 +305,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--tokens", nargs="+", type=int, default=[4096, 16384, 65536], help="per micro-batch, for GPU times")
     parser.add_argument("--router-dtype", choices=["fp32", "model"], default="fp32", help="Megatron's --moe-router-dtype")
     parser.add_argument("--rounds", type=int, default=20, help="timed rounds per loss")
+    parser.add_argument("--steps", action="store_true", help="with --cpu: only the launches of whole steps, of the first model")
     parser.add_argument("--list-ops", action="store_true", help="name every launch")
     parser.add_argument("--out", type=Path, help="write the report to this file as well")
     args = parser.parse_args()
@@ -311,7 +326,9 @@ def main() -> None:
     start(gpu=not args.cpu)
     router_dtype = "fp32" if args.router_dtype == "fp32" else None
     parts = [machine(gpu=not args.cpu), f"Data-parallel ranks: {dist.get_world_size()}. Router dtype: {args.router_dtype}."]
-    for model in args.models:
+    if args.steps:
+        parts.append(f"Model: {args.models[0]}.\n\n" + report_steps(args.models[0], args.losses, router_dtype))
+    for model in [] if args.steps else args.models:
         size = MODELS[model]
         parts.append(f"\n### {model}: {size.experts} experts, top-{size.topk}, hidden {size.hidden}\n")
         parts.append(report_counts(model, args.losses, router_dtype, args.rounds, args.list_ops))
