@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from statistics import mean
+from typing import Any
 
 import matplotlib
 
@@ -11,6 +12,7 @@ matplotlib.use("Agg")  # a machine without a display
 
 import matplotlib.pyplot as plt
 import numpy
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from demo.results import Result
 
@@ -26,29 +28,32 @@ plt.rcParams.update(
 
 
 def loss_curves(results: list[Result], path: Path) -> None:
-    """Left: training and validation loss. Right: the same minus the first run's, to make small differences visible."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11.5, 4.3), layout="constrained")
-    reference_train = _smooth(results[0])
-    reference_valid = _validation(results[0])
+    """Loss minus the first run's: of one seed, so it shows that nothing goes wrong, and no more."""
+    figure, axes = plt.subplots(figsize=(7.5, 4.0), layout="constrained")
+    reference_train, reference_valid = _smooth(results[0]), _validation(results[0])
     for result in results:
-        look = {"color": COLOURS[result.scope], "linestyle": STYLES[result.scope], "linewidth": 1.8}
-        points = {"color": COLOURS[result.scope], "marker": MARKERS[result.scope], "markersize": 7, "linestyle": "none"}
+        look: dict[str, Any] = {"color": COLOURS[result.scope], "linestyle": STYLES[result.scope], "linewidth": 1.8}
+        points: dict[str, Any] = {
+            "color": COLOURS[result.scope],
+            "marker": MARKERS[result.scope],
+            "markersize": 7,
+            "linestyle": "none",
+        }
         points |= {"markeredgecolor": "white", "markeredgewidth": 0.8}
         train, valid = _smooth(result), _validation(result)
-        left.plot(list(train), list(train.values()), label=result.scope, **look)
-        left.plot(list(valid), list(valid.values()), **points)
-        right.plot(list(train), [loss - reference_train[i] for i, loss in train.items()], label=result.scope, **look)
-        right.plot(list(valid), [loss - reference_valid[i] for i, loss in valid.items()], **points)
-    for axes in (left, right):
-        axes.set_xlabel("optimizer step")
-        axes.grid(alpha=0.25)
-    left.set_ylabel("loss (nats per byte)")
-    left.set_title(f"Loss: training (lines, mean of {SMOOTHING_STEPS} steps), validation (points)")
-    left.legend(frameon=False, title="--moe-lbl-scope")
-    right.set_title(f"Difference from {results[0].scope} (below 0 is better)")
-    right.set_ylabel("difference in loss")
+        axes.plot(list(train), [loss - reference_train[i] for i, loss in train.items()], label=result.scope, **look)
+        axes.plot(list(valid), [loss - reference_valid[i] for i, loss in valid.items()], **points)
+    axes.set_xlabel("optimizer step")
+    axes.set_ylabel("difference in loss (nats per byte)")
+    axes.set_title(
+        f"Loss minus that of {results[0].scope}: training (lines, mean of {SMOOTHING_STEPS} steps), validation (points)\n"
+        "one seed: differences of this size prove nothing",
+        fontsize=11,
+    )
+    axes.legend(frameon=False, title="--moe-lbl-scope")
+    axes.grid(alpha=0.25)
     span = max(abs(loss - reference_valid[i]) for result in results for i, loss in _validation(result).items())
-    right.set_ylim(-max(2.5 * span, 0.01), max(2.5 * span, 0.01))
+    axes.set_ylim(-max(2.5 * span, 0.01), max(2.5 * span, 0.01))
     figure.savefig(path)
     plt.close(figure)
 
@@ -59,16 +64,22 @@ def expert_heatmaps(results: list[Result], path: Path) -> None:
     num_layers, num_experts = numpy.shape(results[0].frequencies[domains[0]])
     top = max(share for result in results for layers in result.frequencies.values() for layer in layers for share in layer)
     figure, panels = plt.subplots(
-        1, len(results), figsize=(4.6 * len(results), 3.9), sharey=True, squeeze=False, layout="constrained"
+        1,
+        len(results),
+        figsize=(4.6 * len(results), 3.9),
+        sharey=True,
+        squeeze=False,
+        layout=ConstrainedLayoutEngine(wspace=0.05),
     )
     for axes, result in zip(panels[0], results):
         shares_DLE = numpy.array([result.frequencies[domain] for domain in domains])
-        columns = [shares_DLE[:, layer, _by_favourite(shares_DLE[:, layer])] for layer in range(num_layers)]
-        image = axes.imshow(numpy.concatenate(columns, axis=1), aspect="auto", cmap="viridis", vmin=0, vmax=top)
-        for layer in range(1, num_layers):
-            axes.axvline(layer * num_experts - 0.5, color="white", linewidth=2.5)
+        gap_D1 = numpy.full((len(domains), 1), numpy.nan)  # an empty column between layers
+        columns = [gap_D1]
+        for layer in range(num_layers):
+            columns += [shares_DLE[:, layer, _by_favourite(shares_DLE[:, layer])], gap_D1]
+        image = axes.imshow(numpy.concatenate(columns[1:-1], axis=1), aspect="auto", cmap="viridis", vmin=0, vmax=top)
         axes.set_xticks(
-            [layer * num_experts + (num_experts - 1) / 2 for layer in range(num_layers)],
+            [layer * (num_experts + 1) + (num_experts - 1) / 2 for layer in range(num_layers)],
             [f"layer {layer + 1}" for layer in range(num_layers)],
         )
         axes.set_yticks(range(len(domains)), domains)
@@ -78,9 +89,9 @@ def expert_heatmaps(results: list[Result], path: Path) -> None:
             spine.set_visible(False)
     bar = figure.colorbar(image, ax=panels[0], pad=0.01)
     bar.set_label("share of the domain's routed tokens")
-    bar.ax.axhline(1 / num_experts, color="white", linewidth=1.5)
+    bar.ax.plot([-0.35], [1 / num_experts], marker=">", color="black", markersize=8, clip_on=False)
     figure.suptitle(
-        f"Which expert each domain uses ({num_experts} per layer, ordered by favourite domain; white line: even share)",
+        f"Which expert each domain uses ({num_experts} per layer, ordered by favourite domain; arrow at the scale: even share)",
         fontsize=12,
     )
     figure.savefig(path)
