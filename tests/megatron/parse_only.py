@@ -12,9 +12,10 @@ import sys
 import megatron_cpu
 
 megatron_cpu.install()
+from megatron_global_lbl import flags  # noqa: E402
 from megatron_global_lbl.hook import arguments as hooked  # noqa: E402
 
-hooked.install()
+hooked.install(flags.add_arguments, flags.activate)
 from megatron.training import arguments  # noqa: E402
 
 result = {}

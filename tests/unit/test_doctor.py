@@ -58,7 +58,7 @@ def test_installed_megatron():
         assert entry(output, f"{defect.id} yes") == f"{defect.text} ({defect.span})"
     assert "nothing was run now" in entry(output, "from") and "benchmarks/upstream/run_all.py" in entry(output, "from")
     assert "scope global; f counted over 256 sequences: 8 dp ranks x 4 micro-batches x 8" in output
-    assert "scope window; f counted over 4096 sequences" in output
+    assert "scope window; f counted over 256 sequences" in output
 
 
 def test_without_megatron(tmp_path):
