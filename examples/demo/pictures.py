@@ -29,7 +29,7 @@ plt.rcParams.update(
 
 def loss_curves(results: list[Result], path: Path) -> None:
     """Loss minus the first run's: of one seed, so it shows that nothing goes wrong, and no more."""
-    figure, axes = plt.subplots(figsize=(7.5, 4.0), layout="constrained")
+    figure, axes = plt.subplots(figsize=(8.6, 4.2), layout="constrained")
     reference_train, reference_valid = _smooth(results[0]), _validation(results[0])
     for result in results:
         look: dict[str, Any] = {"color": COLOURS[result.scope], "linestyle": STYLES[result.scope], "linewidth": 1.8}
