@@ -62,6 +62,7 @@ class Layer:
         """Leave no reduction under way."""
         for reduction in self.started:
             reduction.wait()
+        self.started.clear()
 
     def end_step(self) -> None:
         """The step's counts have been used; the table zeroes them."""
@@ -172,7 +173,6 @@ class LayerTable:
     def _zero(self, layers: list[Layer]) -> None:
         for layer in layers:
             layer.settle()
-            layer.started.clear()
         if len(layers) == len(self.layers):
             self.counts_LC.zero_()
             self.score_sums_LE.zero_()

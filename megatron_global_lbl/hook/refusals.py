@@ -7,9 +7,9 @@ from __future__ import annotations
 from typing import Any
 
 from megatron_global_lbl.hook import compatibility
+from megatron_global_lbl.hook.log import KEYS
 from megatron_global_lbl.settings import ConfigError, Scope, Settings, flag
 
-ACTED_ON = ("aux_loss", "global_aux_loss")
 CHECKPOINT_FORMATS = ("torch", "torch_dist")
 
 
@@ -20,12 +20,16 @@ def asked_for(settings: Settings) -> str:
     return f"{flag('scope')} {settings.scope.value}"
 
 
+def kinds_of(load_balancing_type: str | list[str]) -> list[str]:
+    """Types of load balancing, of which Megatron keeps a single one as a string."""
+    return [load_balancing_type] if isinstance(load_balancing_type, str) else list(load_balancing_type)
+
+
 def losses(args: Any) -> dict[str, float]:
     """Coefficient by type of auxiliary loss, from Megatron's two ways of writing them."""
-    kinds, coeffs = args.moe_router_load_balancing_type, args.moe_aux_loss_coeff
-    kinds = [kinds] if isinstance(kinds, str) else list(kinds)
+    coeffs = args.moe_aux_loss_coeff
     coeffs = list(coeffs) if isinstance(coeffs, (list, tuple)) else [coeffs]
-    return dict(zip(kinds, coeffs))
+    return dict(zip(kinds_of(args.moe_router_load_balancing_type), coeffs))
 
 
 def refuse_arguments(args: Any, settings: Settings) -> None:
@@ -56,7 +60,7 @@ def refuse_nothing_to_act_on(args: Any, chosen: str) -> None:
     """
     if not args.num_experts:
         raise ConfigError(f"{chosen} needs a mixture of experts: --num-experts is not set")
-    found = {kind: coeff for kind, coeff in losses(args).items() if kind in ACTED_ON}
+    found = {kind: coeff for kind, coeff in losses(args).items() if kind in KEYS}
     if not found:
         kinds = " ".join(losses(args))
         raise ConfigError(

@@ -54,7 +54,7 @@ def install(patches: Patches, engine: Engine) -> None:
         return routing
 
     def begin(router) -> RouterForward | None:
-        if not set(_kinds(router)) & LOSS_METHODS.keys():
+        if LOSS_METHODS.keys().isdisjoint(refusals.kinds_of(router.routing_type)):
             engine.note_router_without_loss(router)
             return None
         if engine.was_trained(router) and _gradient_is_gone(router):
@@ -105,11 +105,6 @@ def install(patches: Patches, engine: Engine) -> None:
     for kind, method in LOSS_METHODS.items():
         if kind == "aux_loss" or compatibility.has_global_aux_loss():
             patches.wrap(ROUTER, f"TopKRouter.{method}", wrap_loss(kind))
-
-
-def _kinds(router) -> list[str]:
-    """The router's load-balancing types; Megatron keeps a single one as a string."""
-    return [router.routing_type] if isinstance(router.routing_type, str) else list(router.routing_type)
 
 
 def _loss(router) -> RouterLoss | None:
