@@ -1,1 +1,9 @@
-"""What a training shows of its balance. Reads what the core counts, changes nothing."""
+"""What a training shows of its balance. Reads what the core counts, changes nothing.
+
+The record is read without PyTorch and without Megatron (NumPy only): `from megatron_global_lbl.metrics import read`.
+"""
+
+from megatron_global_lbl.metrics.frames import METRICS, RecordError
+from megatron_global_lbl.metrics.reader import Run, read
+
+__all__ = ["METRICS", "RecordError", "Run", "read"]
