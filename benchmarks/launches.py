@@ -152,5 +152,10 @@ def kernels_on_gpu(work: Callable[[], Any], repeats: int) -> GpuWork:
         for _ in range(repeats):
             work()
         torch.cuda.synchronize()
-    events = [event for event in profiler.events() if event.device_type == DeviceType.CUDA]
+    # Annotations ("nccl:all_reduce") span the kernels that they name.
+    events = [
+        event
+        for event in profiler.events()
+        if event.device_type == DeviceType.CUDA and not getattr(event, "is_user_annotation", False)
+    ]
     return GpuWork(len(events) / repeats, sum(event.time_range.elapsed_us() for event in events) / repeats)

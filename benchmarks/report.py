@@ -9,11 +9,11 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import torch
-
 
 def machine(*, gpu: bool) -> str:
     """One line: what was measured on, with versions."""
+    import torch  # here, as whoever only wants a table need not wait for it
+
     if gpu:
         where = f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}, CUDA {torch.version.cuda}"
     else:

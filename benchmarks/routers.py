@@ -9,6 +9,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -29,12 +30,21 @@ class Variant:
     register: tuple[tuple[str, str], ...] | None = None
 
     @contextmanager
-    def active(self) -> Iterator[None]:
-        """Megatron with this loss while inside."""
+    def active(self) -> Iterator[Any]:
+        """Megatron with this loss while inside; gives the registration's handle, if there is one."""
         import megatron_global_lbl as lbl
 
-        with lbl.registered(**dict(self.register)) if self.register else nullcontext():
-            yield
+        with lbl.registered(**dict(self.register)) if self.register else nullcontext() as handle:
+            yield handle
+
+    def choose(self, model: list[torch.nn.Module]) -> None:
+        """Let the routers of a model use Megatron's side of this loss; the model was built with both `aux_loss` and
+        `global_aux_loss`, and so has the state that either needs."""
+        from megatron.core.transformer.moe.router import TopKRouter
+
+        for router in (module for chunk in model for module in chunk.modules() if isinstance(module, TopKRouter)):
+            router.routing_type = self.upstream
+            router.config.moe_aux_loss_coeff = COEFF
 
 
 VARIANTS = {
@@ -126,9 +136,10 @@ def device_of_tensors() -> torch.device:
 
 def micro_batch(model: ModelSize, tokens: int) -> tuple[Tensor, Tensor]:
     """Input [T, 1, H] of the router, and the gradient [T, E] of its probabilities."""
-    generator = torch.Generator().manual_seed(1 + dist.get_rank())
-    hidden = torch.randn(tokens, 1, model.hidden, generator=generator).bfloat16().to(device_of_tensors())
-    gradient = torch.randn(tokens, model.experts, generator=generator).to(device_of_tensors())
+    device = device_of_tensors()
+    generator = torch.Generator(device).manual_seed(1 + dist.get_rank())
+    hidden = torch.randn(tokens, 1, model.hidden, generator=generator, device=device).bfloat16()
+    gradient = torch.randn(tokens, model.experts, generator=generator, device=device)
     return hidden.requires_grad_(), gradient
 
 

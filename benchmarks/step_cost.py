@@ -147,13 +147,10 @@ class Clock:
 
 def active(variant: Variant, model: list[torch.nn.Module]) -> Any:
     """Megatron with this loss, model and arguments alike, while inside."""
-    from megatron.core.transformer.moe.router import TopKRouter
     from megatron.training import get_args
 
     get_args().moe_router_load_balancing_type = variant.upstream
-    for router in (module for chunk in model for module in chunk.modules() if isinstance(module, TopKRouter)):
-        router.routing_type = variant.upstream
-        router.config.moe_aux_loss_coeff = COEFF
+    variant.choose(model)
     return variant.active()
 
 

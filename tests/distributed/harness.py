@@ -205,9 +205,10 @@ def make_collectable(model) -> None:
 
 
 def _main_grads(block, layout: Layout):
-    """Copies of (W, router) `main_grad`; None for a parameter that is frozen or not there."""
+    """Copies of (W, router) `main_grad` on the CPU; None for a parameter that is frozen or not there."""
     pair = (block.below, None if block.moe is None else block.router.weight)
-    return tuple(p.main_grad.clone() / layout.loss_scale if p is not None and hasattr(p, "main_grad") else None for p in pair)
+    scale = layout.loss_scale
+    return tuple((p.main_grad.clone() / scale).cpu() if p is not None and hasattr(p, "main_grad") else None for p in pair)
 
 
 def _record_selections(chunks) -> dict[int, list]:

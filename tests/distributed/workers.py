@@ -25,19 +25,31 @@ class CaseFailed(AssertionError):
 class Pool:
     """`run(function, world_size, *args)` gives function(*args) of every rank, with torch.distributed initialised."""
 
-    def __init__(self, size: int = 4, device: str = "cpu") -> None:
+    def __init__(self, size: int = 4, device: str = "cpu", backend: str | None = None) -> None:
+        """
+        Args:
+            size: processes.
+            device: "cpu", or "cuda": one GPU per process, as long as there are enough.
+            backend: of torch.distributed; None is gloo on the CPU, NCCL on GPUs. With gloo processes can share a GPU.
+        """
         self._size, self._device = size, device
+        self._backend = backend or ("gloo" if device == "cpu" else "nccl")
         self._workers: list[tuple[Any, Any]] = []
 
     def _start(self) -> None:
         context = multiprocessing.get_context("spawn")
         for index in range(self._size):
             here, there = context.Pipe()
-            process = context.Process(target=_serve, args=(there, self._device, index), daemon=True)
+            process = context.Process(target=_serve, args=(there, self._device, self._backend, index), daemon=True)
             process.start()
             self._workers.append((process, here))
         for process, pipe in self._workers:
             assert pipe.poll(START_SECONDS) and pipe.recv() == "ready", f"worker {process.pid} did not start"
+
+    @property
+    def alive(self) -> bool:
+        """Whether the processes are there: they start with the first case, and again after one that got stuck."""
+        return bool(self._workers)
 
     def run(self, function: Callable, world_size: int, *args: Any) -> list[Any]:
         if not self._workers:
@@ -77,7 +89,7 @@ class Pool:
         self._workers = []
 
 
-def _serve(pipe, device: str, index: int) -> None:
+def _serve(pipe, device: str, backend: str, index: int) -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
     # Most of the groups that Megatron makes are never used: connect those that are.
     os.environ["TORCH_GLOO_LAZY_INIT"] = "1"
@@ -98,7 +110,11 @@ def _serve(pipe, device: str, index: int) -> None:
 
     torch.set_num_threads(1)
     if device == "cuda":
-        torch.cuda.set_device(index)
+        torch.cuda.set_device(index % torch.cuda.device_count())
+        if backend == "gloo":
+            import gloo_on_gpu
+
+            gloo_on_gpu.install()
     pipe.send("ready")
     while True:
         try:
@@ -106,7 +122,6 @@ def _serve(pipe, device: str, index: int) -> None:
         except EOFError:
             return
         try:
-            backend = "gloo" if device == "cpu" else "nccl"
             dist.init_process_group(backend, init_method=f"file://{store}", rank=rank, world_size=world_size)
             value = function(*args)
             dist.barrier()

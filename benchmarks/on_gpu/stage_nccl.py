@@ -1,0 +1,157 @@
+"""Stage 3: one rank whose NCCL all-reduces are forced (forced.py): no host synchronisation, CUDA graphs, constant memory."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from stage import Stage, paths
+
+paths()
+
+import torch  # noqa: E402
+from forced import counted_all_reduces, forced_reductions  # noqa: E402
+
+LAYERS, MICRO_BATCHES, TOKENS = 2, 3, 1024
+SYNCED_STEPS = 3
+MEMORY_STEPS = (20, 200)
+OURS = ("dp", "global", "window", "dp blocking", "global blocking")
+
+
+@contextmanager
+def no_host_synchronisation(cpu: bool) -> Iterator[None]:
+    """PyTorch raises where the host would wait for the device."""
+    if not cpu:
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        if not cpu:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+def steps_of(variant: str) -> Callable[[], None]:
+    """A step of a few routers: all micro-batches, then the step's end."""
+    from models import MODELS
+    from routers import VARIANTS, build, end_of_step, micro_batch
+
+    size = MODELS["qwen3-30b-a3b"]
+    routers = [build(size, VARIANTS[variant], "fp32") for _ in range(LAYERS)]
+    for number, router in enumerate(routers, 1):
+        router.set_layer_number(number)
+    hidden, gradient = micro_batch(size, TOKENS)
+
+    def step() -> None:
+        for _ in range(MICRO_BATCHES):
+            outputs = [router(hidden)[0] for router in routers]
+            for probs in reversed(outputs):
+                probs.backward(gradient.to(probs.dtype))
+        end_of_step(*routers)
+
+    return step
+
+
+def without_synchronisation(variant: str, cpu: bool) -> int:
+    """Steps under "error"; how many all-reduces a step issued."""
+    from routers import VARIANTS
+
+    with VARIANTS[variant].active(), counted_all_reduces() as issued:
+        step = steps_of(variant)
+        for _ in range(SYNCED_STEPS):  # NCCL's communicators, buffers, Megatron's log
+            step()
+        issued.number = 0
+        with no_host_synchronisation(cpu):
+            for _ in range(SYNCED_STEPS):
+                step()
+    return issued.number // SYNCED_STEPS
+
+
+def memory_growth(variant: str, steps: tuple[int, int]) -> int:
+    """Bytes that PyTorch's allocator holds more after the last step than after the first ones."""
+    from routers import VARIANTS
+
+    with VARIANTS[variant].active():
+        step = steps_of(variant)
+        held = 0
+        for number in range(1, steps[1] + 1):
+            step()
+            if number in steps:
+                torch.cuda.synchronize()
+                gc.collect()
+                held = torch.cuda.memory_allocated() - held
+    return held
+
+
+def largest_difference(grads: list, others: list) -> float:
+    """Of the steps: the norm of the difference, relative to the other's norm."""
+    return max(float((a.double() - b.double()).norm() / b.double().norm().clamp(min=1e-30)) for a, b in zip(grads, others))
+
+
+def captured_equals_eager(scope: str, cpu: bool) -> dict:
+    """One layer captured once and replayed over several steps, against the float64 truth and against the same layer eager.
+
+    Raises:
+        AssertionError: a gradient is off by more than 1e-5, or no all-reduce went into the graph.
+    """
+    import harness
+    import truth
+    from captured import train_captured
+    from compare import compare_exact, register_arguments
+    from layout import Layout
+    from megatron.core import parallel_state
+    from truth import Problem
+
+    problem = Problem(scope, 1, 3, 4, layers=1, window_steps=2)
+    expected = truth.gradients(problem)
+    with counted_all_reduces() as issued:
+        replayed = train_captured(problem, register_arguments(problem), not cpu)["grads"]
+    parallel_state.destroy_model_parallel()
+    eager = harness.run(problem, Layout(), register_arguments(problem))["grads"]
+    parallel_state.destroy_model_parallel()
+    eager = [by_layer[1][1] for by_layer in eager]
+    for step in range(problem.steps):
+        compare_exact(eager[step], expected[step][0][1], f"eager, step {step}")
+        compare_exact(replayed[step], expected[step][0][1], f"replayed, step {step}")
+    if scope != "window" and not cpu:  # whose only collective is at the step's end
+        assert issued.captured > 0, "no all-reduce was captured"
+    difference = largest_difference(replayed, eager)
+    return {"all-reduces in the graph": issued.captured, "replayed against eager, relative": f"{difference:.1e}"}
+
+
+def main() -> None:
+    stage = Stage("nccl")
+    if stage.cpu:
+        import megatron_cpu
+
+        megatron_cpu.install()
+    from megatron.core import parallel_state
+    from routers import start
+
+    start(gpu=not stage.cpu)
+    with stage.check("Megatron's router without a loss does not synchronise (control)"):
+        without_synchronisation("none", stage.cpu)
+    per_micro_batch = LAYERS * MICRO_BATCHES
+    with forced_reductions():
+        for variant in OURS:
+            expected = 1 if variant == "window" else per_micro_batch
+            with stage.check(f"no host synchronisation, {expected} all-reduces per step: {variant}") as entry:
+                entry["all-reduces per step"] = found = without_synchronisation(variant, stage.cpu)
+                assert found == expected, f"{found} all-reduces per step"
+        for variant in OURS[:3]:
+            steps = (2, 4) if stage.cpu else MEMORY_STEPS
+            with stage.check(f"memory after step {steps[1]} as after step {steps[0]}: {variant}") as entry:
+                entry["bytes more"] = growth = memory_growth(variant, steps)
+                assert growth == 0, f"{growth} bytes more"
+        parallel_state.destroy_model_parallel()
+        for variant in OURS[:3]:
+            with stage.check(f"CUDA graph with its all-reduce, replayed: {variant}") as entry:
+                entry.update(captured_equals_eager(variant, stage.cpu))
+            if parallel_state.model_parallel_is_initialized():  # after a failure
+                parallel_state.destroy_model_parallel()
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
