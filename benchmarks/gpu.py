@@ -37,13 +37,15 @@ from on_gpu.summary import markdown, table_of_stages
 ROOT = Path(__file__).resolve().parents[1]
 # Seconds after which a stage is ended: (everything, quick). Most need much less; `steps` uses what it has.
 LIMITS = {
-    "versions": (60, 60),
-    "tests": (180, 120),
-    "gloo": (150, 75),
-    "nccl": (120, 90),
-    "kernels": (150, 60),
-    "steps": (120, 60),
+    "versions": (40, 40),
+    "tests": (120, 75),
+    "gloo": (110, 50),
+    "nccl": (70, 45),
+    "kernels": (100, 45),
+    "steps": (90, 45),
 }
+BUDGETS = (360, 180)
+KEPT = 25  # seconds of the budget that a stage leaves to each of those after it
 CPU_FACTOR = 5  # a processor is slower
 GRACE = 5  # seconds beyond what the stage was told
 ENVIRONMENT = {
@@ -106,7 +108,9 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, metavar="DIR", help="where results and logs go")
     parser.add_argument("--stages", default=",".join(LIMITS), help="comma-separated; default: all")
-    parser.add_argument("--budget", type=float, default=480.0, metavar="SECONDS", help="for everything; default 480")
+    parser.add_argument(
+        "--budget", type=float, metavar="SECONDS", help="for everything; default {} ({} with --quick)".format(*BUDGETS)
+    )
     parser.add_argument("--quick", action="store_true", help="less of each stage")
     parser.add_argument(
         "--cpu", action="store_true", help="try the script out without a GPU: small sizes, no figure means anything"
@@ -117,6 +121,8 @@ def parse_arguments() -> argparse.Namespace:
     unknown = [name for name in args.stages if name not in LIMITS]
     if unknown or not args.stages:
         parser.error(f"--stages {','.join(unknown) or '(empty)'}: unknown; allowed: {', '.join(LIMITS)}")
+    if args.budget is None:
+        args.budget = BUDGETS[args.quick] * (CPU_FACTOR if args.cpu else 1)
     if args.budget <= 0:
         parser.error(f"--budget {args.budget:g}: not allowed; allowed: seconds > 0")
     if (args.out is None) == (args.report is None):
@@ -135,9 +141,9 @@ def main() -> int:
     results: dict[str, Any] = {"command": command, "date": time.strftime("%Y-%m-%d"), "cpu": args.cpu, "stages": {}}
     options = ["--quick"] * args.quick + ["--cpu"] * args.cpu
     deadline = time.monotonic() + args.budget
-    for name in args.stages:
+    for position, name in enumerate(args.stages):
         limit = LIMITS[name][args.quick] * (CPU_FACTOR if args.cpu else 1)
-        seconds = min(limit, deadline - time.monotonic() - GRACE)
+        seconds = min(limit, deadline - time.monotonic() - GRACE - KEPT * (len(args.stages) - 1 - position))
         if seconds < GRACE:
             results["stages"][name] = {
                 "ended": "not begun: --budget is used up",
