@@ -56,8 +56,10 @@ def main() -> None:
                 stage.skip(name, "the workers had to be started again too often" if restarts > RESTARTS else "no time left")
                 continue
             extra = {"router_dtype": "fp32"} if problem.dtype == "bfloat16" else {}
-            with stage.check(name):
+            with stage.check(name) as entry:
                 check(pool, problem, layout, **extra)
+            if "CUDA error" in entry["detail"]:  # after one a process is of no use
+                pool.close()
             restarts += not pool.alive
     finally:
         pool.close()

@@ -120,6 +120,16 @@ def captured_equals_eager(scope: str, cpu: bool) -> dict:
     return {"all-reduces in the graph": issued.captured, "replayed against eager, relative": f"{difference:.1e}"}
 
 
+def _require_that_synchronisation_raises() -> None:
+    number = torch.ones((), device="cuda")
+    try:
+        with no_host_synchronisation(cpu=False):
+            number.item()
+    except RuntimeError:
+        return
+    raise AssertionError("`.item()` did not raise")
+
+
 def main() -> None:
     stage = Stage("nccl")
     if stage.cpu:
@@ -130,6 +140,9 @@ def main() -> None:
     from routers import VARIANTS, start
 
     start(gpu=not stage.cpu)
+    if not stage.cpu:
+        with stage.check("a host synchronisation is noticed (control)"):
+            _require_that_synchronisation_raises()
     with stage.check("Megatron's router without a loss does not synchronise (control)"):
         without_synchronisation("none", stage.cpu)
     per_micro_batch = LAYERS * MICRO_BATCHES
