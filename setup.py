@@ -35,8 +35,9 @@ EXTRAS = {
     "megatron": ["megatron-core>=0.14,<0.20", "torch>=2.6", "numpy", "packaging", "psutil", "pyyaml", "pybind11"],
     # Transformer Engine, for the layouts in which Megatron itself requires it.
     "te": ["transformer-engine[pytorch]"],
-    # Pictures of a run's balance record (matplotlib) and tables in the terminal (rich).
-    "report": ["matplotlib>=3.8", "rich>=13"],
+    # What reads a run's balance record (NumPy) and shows it: pictures (Matplotlib) on a page (Jinja2), tables in the terminal
+    # (rich).
+    "report": ["numpy>=1.26", "matplotlib>=3.8", "jinja2>=3.1", "rich>=13"],
     # The demo's Russian text: message catalogues in a package of a few hundred kilobytes, without dependencies. The other five
     # domains are files of Python, PyTorch and the packages above.
     "demo": ["jupyterlab-language-pack-ru-RU"],
@@ -88,6 +89,7 @@ setup(
     package_dir={"megatron_global_lbl.patches": "patches"},
     package_data={
         "megatron_global_lbl": ["py.typed"],
+        "megatron_global_lbl.report": ["page.html"],
         "megatron_cpu": ["py.typed"],
         "megatron_global_lbl.patches": ["*.patch", "checksums.json"],
     },

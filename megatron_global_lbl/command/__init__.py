@@ -14,6 +14,8 @@ from megatron_global_lbl import __version__
 
 SUBCOMMANDS = {
     "doctor": "what this environment's Megatron-Core is, where the hook attaches, which upstream defects it has",
+    "report": "draw the balance record of one or more runs: one HTML page, and its pictures",
+    "watch": "look at the balance record of a run in the terminal, live or once; the exit status says whether it is healthy",
     "patch": "patch a Megatron-LM source tree of a pinned release, so that its own scripts take the flags",
 }
 

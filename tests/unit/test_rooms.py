@@ -13,7 +13,8 @@ ROOMS = {
     "core": {"settings"},
     "metrics": {"settings", "core"},
     "hook": {"settings", "core"},
-    "command": {"settings", "hook", "door"},
+    "report": {"metrics"},
+    "command": {"settings", "hook", "door", "metrics", "report"},
     "door": {"settings", "core", "metrics", "hook"},
 }
 COLLECTIVES = {

@@ -1,0 +1,56 @@
+"""Does the load of the experts swing? Its autocorrelation says so: clearly negative at half a period.
+
+A correction that comes late overshoots: experts that were too full are pushed away until they are too empty. Scope `window` does
+this with W steps at a period of about 4 W (docs/operations.md). Noise has no autocorrelation, and what drifts slowly has a positive
+one at the lags that are looked at. Swings shorter than two intervals are averaged away before they are recorded.
+Shape suffixes: N intervals, L layers, E experts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy
+
+MOST_INTERVALS = 256
+LEAST_INTERVALS = 128  # before, the start of a training is most of it
+# Lags up to N / 8. Random walks and decays of N intervals are at +0.1 or more there, but down to -0.5 at N / 4 (simulated).
+LARGEST_LAG = 1 / 8
+# In the prototype of docs/operations.md (steps 144 to 400, lowest of two layers): micro -0.25, global -0.17, window 4 -0.35,
+# window 16 -0.35 at a lag of 32 steps.
+AUTOCORRELATION = -0.3
+# Smaller departures than a tenth of an even share do no harm.
+LEAST_SIZE = 0.1
+
+
+@dataclass(frozen=True)
+class Swing:
+    """`period` in intervals; `size`: root mean square of the loads' departure from their trend, 1.0 = an even share."""
+
+    period: int
+    size: float
+
+
+def swings(load_NLE: numpy.ndarray) -> list[Swing | None]:
+    """Per layer, over N consecutive intervals of loads relative to an even one; None where the load does not swing."""
+    return [_swing(load_NLE[:, layer]) for layer in range(load_NLE.shape[1])]
+
+
+def autocorrelation(load_NE: numpy.ndarray) -> tuple[numpy.ndarray, float]:
+    """Of the experts' loads without their linear trend, experts that vary more weigh more; lags 0 to N/8, and their size."""
+    count = len(load_NE)
+    load_NE = load_NE[:, numpy.isfinite(load_NE).all(axis=0)].astype(numpy.float64)
+    time_N = numpy.linspace(-1, 1, count)
+    load_NE = load_NE - load_NE.mean(axis=0)
+    load_NE -= numpy.outer(time_N, time_N @ load_NE / (time_N @ time_N))
+    power = (numpy.abs(numpy.fft.rfft(load_NE, n=2 * count, axis=0)) ** 2).sum(axis=1)
+    lags = numpy.arange(int(count * LARGEST_LAG) + 1)
+    covariance = numpy.fft.irfft(power)[lags] / (count - lags)
+    size = float(numpy.sqrt(max(covariance[0], 0) / max(load_NE.shape[1], 1)))
+    return covariance / max(covariance[0], 1e-30), size
+
+
+def _swing(load_NE: numpy.ndarray) -> Swing | None:
+    correlation, size = autocorrelation(load_NE)
+    half = int(numpy.argmin(correlation))
+    return Swing(2 * half, size) if size >= LEAST_SIZE and correlation[half] <= AUTOCORRELATION else None

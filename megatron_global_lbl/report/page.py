@@ -1,0 +1,124 @@
+"""One self-contained page and its pictures as files: the page holds them as data, so it can be sent and opened anywhere."""
+
+from __future__ import annotations
+
+import base64
+import os
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+
+import jinja2
+
+from megatron_global_lbl.metrics.alarms import Alarm, alarms
+from megatron_global_lbl.metrics.reader import Run, read
+from megatron_global_lbl.report import curves, facts, loads
+from megatron_global_lbl.report.style import Picture, styled
+
+PAGE = "report.html"
+
+
+@dataclass(frozen=True)
+class Section:
+    """What the page says of one run."""
+
+    label: str
+    slug: str
+    summary: str
+    figures: list[facts.Fact]
+    alarms: list[Alarm]
+    notes: list[str]
+    settings: list[tuple[str, str]]
+    pictures: list[Picture]
+    loads: list[Picture]
+
+
+def write_report(directories: Sequence[str | Path], out: str | Path | None = None) -> Path:
+    """Draw the balance records of one or more directories: `report.html` and a PNG per picture.
+
+    Args:
+        directories: as given to `--moe-lbl-metrics-dir`; every run and model in them is shown, several are compared.
+        out: where to write; made if it is not there. Default: the folder "report" in the first directory.
+
+    Returns:
+        The page.
+
+    Raises:
+        RecordError: a directory holds no record, or a broken or foreign one; the message names file and place.
+        OSError: it cannot be read, or `out` cannot be written.
+    """
+    runs = [run for directory in directories for run in read(directory)]
+    out = Path(directories[0]) / "report" if out is None else Path(out)
+    with styled():
+        sections = [_section(run, label) for run, label in zip(runs, _labels(runs))]
+        compared = _comparison(list(zip([section.label for section in sections], runs))) if len(runs) > 1 else []
+    html = _template().render(
+        sections=sections,
+        compared=compared,
+        rows=[facts.row(run, section.label, section.alarms) for run, section in zip(runs, sections)],
+        columns=facts.COLUMNS,
+        made=facts.made(),
+    )
+    out.mkdir(parents=True, exist_ok=True)
+    for name, content in _files(sections, compared):
+        (out / name).write_bytes(content)
+    page = out / PAGE
+    page.write_text(html, encoding="utf-8")
+    return page
+
+
+def _section(run: Run, label: str) -> Section:
+    pictures = [curves.lbl(run), curves.max_vio(run), loads.max_vio(run) if len(run.layers) > 1 else None]
+    pictures += [curves.entropy(run), curves.uncertainty(run), curves.dead(run)]
+    return Section(
+        label,
+        _slug(label),
+        facts.summary(run),
+        facts.figures(run),
+        alarms(run),
+        run.notes,
+        facts.settings(run),
+        [picture for picture in pictures if picture is not None],
+        loads.thirds(run),
+    )
+
+
+def _comparison(runs: list[tuple[str, Run]]) -> list[Picture]:
+    return [
+        picture
+        for name, (title, caption) in facts.COMPARED.items()
+        if (picture := curves.comparison(runs, name, title, caption)) is not None
+    ]
+
+
+def _labels(runs: list[Run]) -> list[str]:
+    """Names that differ: with more of the path where two directories are called alike."""
+    labels = [run.name for run in runs]
+    if len(set(labels)) < len(labels):
+        paths = [run.directory.resolve() for run in runs]
+        common = Path(os.path.commonpath(paths))
+        labels = [f"{path.relative_to(common)}{run.name.removeprefix(path.name)}" for run, path in zip(runs, paths)]
+    return [label if labels.count(label) == 1 else f"{label} ({i})" for i, label in enumerate(labels, 1)]
+
+
+def _slug(label: str) -> str:
+    return re.sub(r"[^A-Za-z0-9.-]+", "-", label).strip("-.") or "run"
+
+
+def _files(sections: list[Section], compared: list[Picture]) -> Iterator[tuple[str, bytes]]:
+    for picture in compared:
+        yield f"{picture.name}.png", picture.png
+    for section in sections:
+        prefix = f"{section.slug}-" if len(sections) > 1 else ""
+        for picture in [*section.pictures, *section.loads]:
+            yield f"{prefix}{picture.name}.png", picture.png
+
+
+def _template() -> jinja2.Template:
+    # Names of directories and notes are other people's words: escaped, and a name that the template gets wrong is an error.
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters["data"] = lambda picture: "data:image/png;base64," + base64.b64encode(picture.png).decode()
+    source = resources.files("megatron_global_lbl.report").joinpath("page.html").read_text(encoding="utf-8")
+    return environment.from_string(source)

@@ -1,0 +1,74 @@
+"""A long record in as many points as a picture can show: the mean over intervals, then over layers, and the worst.
+
+Shape suffixes: N intervals, L layers, B points of a picture, at most POINTS.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+
+import numpy
+
+POINTS = 300
+# Which end is bad: an entropy near 1 is even, all others are better small.
+LOW_IS_BAD = ("entropy", "uncertainty")
+
+
+@dataclass(frozen=True)
+class Series:
+    """One metric over time; `iterations` are the last of each point. [B]
+
+    `mean`, `median` and `tail` (the 90th percentile towards the bad end) are over the layers' means within a point, `worst` is
+    the worst single interval of any layer.
+    """
+
+    iterations: numpy.ndarray
+    mean: numpy.ndarray
+    median: numpy.ndarray
+    tail: numpy.ndarray
+    worst: numpy.ndarray
+
+    @property
+    def known(self) -> bool:
+        return bool(numpy.isfinite(self.mean).any())
+
+
+def edges(count: int, points: int = POINTS) -> numpy.ndarray:
+    """First interval of each point."""
+    return numpy.unique(numpy.linspace(0, count, min(points, count), endpoint=False).astype(numpy.int64))
+
+
+def last_iterations(iterations: numpy.ndarray, starts_B: numpy.ndarray) -> numpy.ndarray:
+    """Last iteration of each point."""
+    return iterations[numpy.append(starts_B[1:], len(iterations)) - 1]
+
+
+def binned(values_NL: numpy.ndarray, starts_B: numpy.ndarray) -> numpy.ndarray:
+    """Means of the known values of each point, [B, L]; NaN where none is known."""
+    known_NL = numpy.isfinite(values_NL)
+    sums_BL = numpy.add.reduceat(numpy.where(known_NL, values_NL, 0), starts_B, axis=0, dtype=numpy.float64)
+    count_BL = numpy.add.reduceat(known_NL, starts_B, axis=0, dtype=numpy.int64)
+    return numpy.where(count_BL > 0, sums_BL / numpy.maximum(count_BL, 1), numpy.nan)
+
+
+def over_layers(iterations: numpy.ndarray, values_NL: numpy.ndarray, name: str) -> Series:
+    """The series of a metric of that name."""
+    starts_B = edges(len(iterations))
+    layers_BL = binned(values_NL, starts_B)
+    low = name in LOW_IS_BAD
+    extreme = numpy.fmin if low else numpy.fmax
+    with warnings.catch_warnings():  # a point of which nothing is known is NaN, and a gap in the picture
+        warnings.simplefilter("ignore", RuntimeWarning)
+        return Series(
+            last_iterations(iterations, starts_B),
+            numpy.nanmean(layers_BL, axis=1),
+            numpy.nanmedian(layers_BL, axis=1),
+            numpy.nanpercentile(layers_BL, 10 if low else 90, axis=1),
+            extreme.reduceat(extreme.reduce(values_NL, axis=1), starts_B),
+        )
+
+
+def late(values_NL: numpy.ndarray) -> numpy.ndarray:
+    """Means over the last tenth of the intervals, per layer: where the run is, without the noise of one interval. [L]"""
+    return binned(values_NL, numpy.array([len(values_NL) - max(1, len(values_NL) // 10)]))[0] if len(values_NL) else values_NL
