@@ -1,8 +1,8 @@
 """What is wrong with the balance of a run, from its record: each cause once, with the layer, since when, and what to do.
 
-An alarm is a condition that holds at the end of the record, so that "is it healthy now?" has an answer. What came and went is in
-the pictures of the report. Every threshold has its source beside it; docs/operations.md repeats them in a table.
-Shape suffixes: N intervals of the log, L layers, E experts.
+An alarm is a condition that holds at the end of the record, so that "is it healthy now?" has an answer. What came and went is
+in the pictures of the report. Every threshold has its source beside it; docs/operations.md repeats them in a table.
+Shape suffixes: N intervals, L layers.
 """
 
 from __future__ import annotations
@@ -11,15 +11,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy
+import numpy as np
 
 from megatron_global_lbl.metrics.reader import Run
+from megatron_global_lbl.metrics.streaks import LASTING_INTERVALS, counted, lasting, others, since, worst_first
 from megatron_global_lbl.metrics.swing import LEAST_INTERVALS, MOST_INTERVALS, swings
 
-# A condition has to last: routers start uneven and are evened out within the first hundred steps (every scope, in the
-# prototype of docs/operations.md), and a single interval may be a batch of one domain.
-LASTING_INTERVALS = 10
-LASTING_STEPS = 100
 # In that experiment (64 experts, top-2) MaxVio is 3 to 5 where the load settles and 13 to 16 where it swings. With few experts
 # the largest possible, E / top-k - 1, is below that: half of it is the limit then.
 MAX_VIO_LIMIT = 6.0
@@ -53,13 +50,13 @@ def alarms(run: Run) -> list[Alarm]:
 def no_coefficient(run: Run) -> Alarm | None:
     """The loss is multiplied by 0."""
     alpha = run.header.get("alpha")
-    if _scope(run) == "micro" or alpha is None or numpy.any(numpy.asarray(alpha, dtype=float) > 0):
+    if _scope(run) == "micro" or alpha is None or np.any(np.asarray(alpha, dtype=float) > 0):
         return None
     return Alarm(
         "no_coefficient",
         f"The coefficient of the load-balancing loss is 0: scope {_scope(run)} does nothing",
         "--moe-aux-loss-coeff above 0 (the paper uses 0.008)",
-        _first(run),
+        since(run, 0),
     )
 
 
@@ -74,30 +71,30 @@ def same_as_micro(run: Run) -> Alarm | None:
         "same_as_micro",
         f"Scope {scope} does what micro does: f is counted over one micro-batch of one data-parallel rank",
         "scope global with more micro-batches per step (a larger --global-batch-size), or more data-parallel ranks",
-        _first(run),
+        since(run, 0),
     )
 
 
 def dead_experts(run: Run) -> Alarm | None:
     """Experts without a single selection, interval after interval."""
     dead_NL = run.metrics["dead"]
-    start_L = _lasting(run, dead_NL > 0)
-    worst = _worst(run, start_L, dead_NL[-1])
+    start_L = lasting(run, dead_NL > 0)
+    worst = worst_first(run, start_L, dead_NL[-1])
     if not worst:
         return None
     layer = worst[0]
-    recent = numpy.arange(max(start_L[layer], len(dead_NL) - LASTING_INTERVALS), len(dead_NL))
-    experts = numpy.flatnonzero((run.load(recent)[:, layer] == 0).all(axis=0))
+    recent = np.arange(max(start_L[layer], len(dead_NL) - LASTING_INTERVALS), len(dead_NL))
+    experts = np.flatnonzero((run.load(recent)[:, layer] == 0).all(axis=0))
     if len(experts) == 0:  # others at other times: none of them is dead
         return None
     names = ", ".join(map(str, experts[:8])) + (", ..." if len(experts) > 8 else "")
     return Alarm(
         "dead_experts",
-        f"{_count(len(experts), 'expert')} of layer {run.layers[layer]} (number {names}) took no token in the last "
-        f"{_count(len(recent), 'interval')}; the layer has had dead experts since iteration {_since(run, start_L[layer])}"
-        + _others(run, worst),
+        f"{counted(len(experts), 'expert')} of layer {run.layers[layer]} (number {names}) took no token in the last "
+        f"{counted(len(recent), 'interval')}; the layer has had dead experts since iteration {since(run, start_L[layer])}"
+        + others(run, worst),
         "a larger --moe-aux-loss-coeff, or --moe-lbl-micro-coeff; --moe-router-dtype fp32; a resume from before that iteration",
-        _since(run, start_L[layer]),
+        since(run, start_L[layer]),
         tuple(run.layers[i] for i in worst),
     )
 
@@ -106,17 +103,17 @@ def max_vio(run: Run) -> Alarm | None:
     """A layer whose fullest expert takes far more than its share."""
     values_NL = run.metrics["max_vio"]
     limit = max_vio_limit(run.header)
-    start_L = _lasting(run, values_NL > limit)
-    worst = _worst(run, start_L, values_NL[-1])
+    start_L = lasting(run, values_NL > limit)
+    worst = worst_first(run, start_L, values_NL[-1])
     if not worst:
         return None
     layer = worst[0]
     return Alarm(
         "max_vio",
         f"MaxVio of layer {run.layers[layer]} is {values_NL[-1, layer]:.1f}, above {limit:.3g} since iteration "
-        f"{_since(run, start_L[layer])}" + _others(run, worst),
+        f"{since(run, start_L[layer])}" + others(run, worst),
         "twice the --moe-aux-loss-coeff; look at the z-loss, the gradient norm and --moe-router-dtype fp32",
-        _since(run, start_L[layer]),
+        since(run, start_L[layer]),
         tuple(run.layers[i] for i in worst),
     )
 
@@ -138,7 +135,7 @@ def swing(run: Run) -> Alarm | None:
         start = max(0, stop - width)
         if stop - start < LEAST_INTERVALS:
             break
-        now = {i: s for i, s in enumerate(swings(run.load(numpy.arange(start, stop)))) if s is not None}
+        now = {i: s for i, s in enumerate(swings(run.load(np.arange(start, stop)))) if s is not None}
         if window == 0:
             periods = {layer: s.period for layer, s in now.items()}
             by_size = sorted(now, key=lambda layer: -now[layer].size)
@@ -158,9 +155,9 @@ def swing(run: Run) -> Alarm | None:
     return Alarm(
         "swing",
         f"The load of layer {run.layers[layer]} swings with a period of about {steps:.0f} steps, since iteration "
-        f"{_since(run, found[layer])} or before" + _others(run, by_size),
+        f"{since(run, found[layer])} or before" + others(run, by_size),
         advice,
-        _since(run, found[layer]),
+        since(run, found[layer]),
         tuple(run.layers[i] for i in by_size),
     )
 
@@ -170,14 +167,14 @@ def balance_bsz(run: Run) -> Alarm | None:
     below_N = (run.sequences > 0) & (run.sequences < BALANCE_BSZ_LIMIT)
     if not below_N[-1]:
         return None
-    start = len(below_N) - int(numpy.argmin(below_N[::-1])) if not below_N.all() else 0
+    start = len(below_N) - int(np.argmin(below_N[::-1])) if not below_N.all() else 0
     scope = _scope(run)
     return Alarm(
         "balance_bsz",
-        f"Balance BSZ {float(run.sequences[-1]):g}: f is counted over fewer than {BALANCE_BSZ_LIMIT} sequences, since iteration "
-        f"{_since(run, start)} (scope {scope})",
+        f"Balance BSZ {float(run.sequences[-1]):g} (scope {scope}): f is counted over fewer than {BALANCE_BSZ_LIMIT} sequences "
+        f"since iteration {since(run, start)}",
         "--moe-lbl-scope global" if scope in ("micro", "dp") else "a larger --global-batch-size",
-        _since(run, start),
+        since(run, start),
     )
 
 
@@ -186,40 +183,3 @@ CHECKS: Sequence[Callable[[Run], Alarm | None]] = (no_coefficient, same_as_micro
 
 def _scope(run: Run) -> str:
     return str(run.header.get("scope", "micro"))
-
-
-def _since(run: Run, index: int) -> int:
-    """The first iteration of an interval."""
-    return int(run.iterations[index] - run.steps[index] + 1)
-
-
-def _first(run: Run) -> int:
-    return _since(run, 0)
-
-
-def _lasting(run: Run, condition_NL: numpy.ndarray) -> numpy.ndarray:
-    """First interval of the streak that lasts to the end, per layer; N for a layer whose streak is too short."""
-    count = len(condition_NL)
-    broken_NL = ~condition_NL[::-1]
-    length_L = numpy.where(broken_NL.any(axis=0), broken_NL.argmax(axis=0), count)
-    steps_L = numpy.array([run.iterations[-1] - _since(run, count - n) + 1 if n else 0 for n in length_L])
-    lasting_L = (length_L >= LASTING_INTERVALS) & (steps_L >= LASTING_STEPS)
-    return numpy.where(lasting_L, count - length_L, count)
-
-
-def _worst(run: Run, start_L: numpy.ndarray, value_L: numpy.ndarray) -> list[int]:
-    """The layers with a lasting streak, the largest value first."""
-    return sorted(numpy.flatnonzero(start_L < len(run.iterations)).tolist(), key=lambda layer: -value_L[layer])
-
-
-def _others(run: Run, layers: list[int]) -> str:
-    names = [run.layers[i] for i in layers[1:]]
-    return f"; also {'layers' if len(names) > 1 else 'layer'} {_listed(names)}" if names else ""
-
-
-def _listed(names: list[str]) -> str:
-    return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}{'' if number == 1 else 's'}"

@@ -1,8 +1,8 @@
 """Does the load of the experts swing? Its autocorrelation says so: clearly negative at half a period.
 
-A correction that comes late overshoots: experts that were too full are pushed away until they are too empty. Scope `window` does
-this with W steps at a period of about 4 W (docs/operations.md). Noise has no autocorrelation, and what drifts slowly has a positive
-one at the lags that are looked at. Swings shorter than two intervals are averaged away before they are recorded.
+A correction that comes late overshoots: experts that were too full are pushed away until they are too empty. Scope `window`
+does this with W steps at a period of about 4 W (docs/operations.md). Noise has no autocorrelation, and what drifts slowly has a
+positive one at the lags that are looked at. Swings shorter than two intervals are averaged away before they are recorded.
 Shape suffixes: N intervals, L layers, E experts.
 """
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy
+import numpy as np
 
 MOST_INTERVALS = 256
 LEAST_INTERVALS = 128  # before, the start of a training is most of it
@@ -31,26 +31,26 @@ class Swing:
     size: float
 
 
-def swings(load_NLE: numpy.ndarray) -> list[Swing | None]:
+def swings(load_NLE: np.ndarray) -> list[Swing | None]:
     """Per layer, over N consecutive intervals of loads relative to an even one; None where the load does not swing."""
     return [_swing(load_NLE[:, layer]) for layer in range(load_NLE.shape[1])]
 
 
-def autocorrelation(load_NE: numpy.ndarray) -> tuple[numpy.ndarray, float]:
+def autocorrelation(load_NE: np.ndarray) -> tuple[np.ndarray, float]:
     """Of the experts' loads without their linear trend, experts that vary more weigh more; lags 0 to N/8, and their size."""
     count = len(load_NE)
-    load_NE = load_NE[:, numpy.isfinite(load_NE).all(axis=0)].astype(numpy.float64)
-    time_N = numpy.linspace(-1, 1, count)
+    load_NE = load_NE[:, np.isfinite(load_NE).all(axis=0)].astype(np.float64)
+    time_N = np.linspace(-1, 1, count)
     load_NE = load_NE - load_NE.mean(axis=0)
-    load_NE -= numpy.outer(time_N, time_N @ load_NE / (time_N @ time_N))
-    power = (numpy.abs(numpy.fft.rfft(load_NE, n=2 * count, axis=0)) ** 2).sum(axis=1)
-    lags = numpy.arange(int(count * LARGEST_LAG) + 1)
-    covariance = numpy.fft.irfft(power)[lags] / (count - lags)
-    size = float(numpy.sqrt(max(covariance[0], 0) / max(load_NE.shape[1], 1)))
+    load_NE -= np.outer(time_N, time_N @ load_NE / (time_N @ time_N))
+    power = (np.abs(np.fft.rfft(load_NE, n=2 * count, axis=0)) ** 2).sum(axis=1)
+    lags = np.arange(int(count * LARGEST_LAG) + 1)
+    covariance = np.fft.irfft(power)[lags] / (count - lags)
+    size = float(np.sqrt(max(covariance[0], 0) / max(load_NE.shape[1], 1)))
     return covariance / max(covariance[0], 1e-30), size
 
 
-def _swing(load_NE: numpy.ndarray) -> Swing | None:
+def _swing(load_NE: np.ndarray) -> Swing | None:
     correlation, size = autocorrelation(load_NE)
-    half = int(numpy.argmin(correlation))
+    half = int(np.argmin(correlation))
     return Swing(2 * half, size) if size >= LEAST_SIZE and correlation[half] <= AUTOCORRELATION else None

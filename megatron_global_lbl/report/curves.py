@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
@@ -29,8 +29,8 @@ def lbl(run: Any) -> Picture:
     return Picture(
         "lbl",
         "Load-balancing loss",
-        "1.0 is even: blue, over the global batch, should stay close to it, while orange, within micro-batches, may rise as experts "
-        "specialise (line: mean of the layers; band: from the median layer to the 90th percentile; thin: the worst layer).",
+        "1.0 is even: blue, over the global batch, should stay close to it, while orange, within micro-batches, may rise as "
+        "experts specialise (line: mean of the layers; band: from the median layer to the 90th percentile; thin: the worst).",
         f"Over the global batch: {_told(whole)}. Within micro-batches: {_told(micro)}.",
         png(drawn),
     )
@@ -42,21 +42,21 @@ def max_vio(run: Any) -> Picture:
         run,
         "max_vio",
         "MaxVio",
-        "How far the fullest expert is above its even share (1 = twice the share): low and flat is good, and a worst layer (thin "
-        "line) that keeps climbing away from the mean is the one to look at.",
+        "How far the fullest expert is above its even share (1 = twice the share): low and flat is good, and a worst layer "
+        "(thin line) that keeps climbing away from the mean is the one to look at.",
     )
 
 
 def dead(run: Any) -> Picture | None:
     """Experts without a selection; no picture of a line at zero."""
-    if not numpy.nanmax(run.metrics["dead"], initial=0) > 0:
+    if not np.nanmax(run.metrics["dead"], initial=0) > 0:
         return None
     return _one(
         run,
         "dead",
         "Dead experts",
-        "Experts of a layer that took no token in an interval (line: mean of the layers, thin: the worst layer): it should fall to 0 "
-        "after the start and stay there.",
+        "Experts of a layer that took no token in an interval (line: mean of the layers, thin: the worst): it should fall "
+        "to 0 after the start and stay there.",
         floor=0,
     )
 
@@ -79,8 +79,8 @@ def uncertainty(run: Any) -> Picture | None:
         run,
         "uncertainty",
         "Uncertainty of the router",
-        "1 is a router that finds all experts alike for every token: it sinks as the router learns to choose, and a layer near 0 "
-        "hardly compares experts any more.",
+        "1 is a router that finds all experts alike for every token: it sinks as the router learns to choose, and a layer near "
+        "0 hardly compares experts any more.",
     )
 
 
@@ -106,7 +106,7 @@ def series(run: Any, name: str) -> Series:
     """The metric's series; NaN throughout where the record does not have it."""
     values_NL = run.metrics.get(name)
     if values_NL is None:
-        values_NL = numpy.full((len(run.iterations), len(run.layers)), numpy.nan, dtype=numpy.float32)
+        values_NL = np.full((len(run.iterations), len(run.layers)), np.nan, dtype=np.float32)
     return over_layers(run.iterations, values_NL, name)
 
 
@@ -142,7 +142,7 @@ def _finish(axes: Axes, shown: list[Series], *, floor: float | None = None, only
     """Scale, labels and legend."""
     known = [v for v in shown if v.known]
     if known:
-        _scale(axes, numpy.stack([v.mean if only_means else getattr(v, part) for v in known for part in PARTS]), floor)
+        _scale(axes, [getattr(v, part) for v in known for part in (["mean"] if only_means else PARTS)], floor)
     else:
         axes.text(0.5, 0.5, "not in the record", transform=axes.transAxes, ha="center", color=QUIET)
         axes.set_yticks([])
@@ -154,12 +154,11 @@ def _finish(axes: Axes, shown: list[Series], *, floor: float | None = None, only
     axes.set_xlabel("iteration")
 
 
-def _scale(axes: Axes, values_VB: numpy.ndarray, floor: float | None) -> None:
+def _scale(axes: Axes, curves: list[np.ndarray], floor: float | None) -> None:
     """Limits of the y axis. The first tenth of a training may be far from all that follows: it is cut off then, and said."""
-    settled_VB = values_VB[:, values_VB.shape[1] // 10 :]
-    if not numpy.isfinite(settled_VB).any():
-        settled_VB = values_VB
-    (all_low, all_high), (low, high) = _range(values_VB), _range(settled_VB)
+    values = np.concatenate(curves)
+    settled = np.concatenate([curve[len(curve) // 10 :] for curve in curves])
+    (all_low, all_high), (low, high) = _range(values), _range(settled if np.isfinite(settled).any() else values)
     if floor is not None:
         low = min(low, floor)
     least = 0.02 * max(abs(low), abs(high), 0.05)  # noise in the last digit is no curve
@@ -177,13 +176,13 @@ def _scale(axes: Axes, values_VB: numpy.ndarray, floor: float | None) -> None:
         axes.set_title(text, loc="left", fontsize=8, color=QUIET, pad=4)
 
 
-def _range(values: numpy.ndarray) -> tuple[float, float]:
-    return float(numpy.nanmin(values)), float(numpy.nanmax(values))
+def _range(values: np.ndarray) -> tuple[float, float]:
+    return float(np.nanmin(values)), float(np.nanmax(values))
 
 
 def _told(values: Series) -> str:
     """A series in words, for those who do not see it."""
-    known = numpy.flatnonzero(numpy.isfinite(values.mean))
+    known = np.flatnonzero(np.isfinite(values.mean))
     if len(known) == 0:
         return "not in the record"
     first, last = known[0], known[-1]

@@ -5,21 +5,34 @@ from __future__ import annotations
 import time
 from typing import Any, NamedTuple
 
-import numpy
+import numpy as np
 
-from megatron_global_lbl import __version__
 from megatron_global_lbl.metrics.alarms import Alarm
 from megatron_global_lbl.metrics.reader import Run
 from megatron_global_lbl.report.series import late
 
-COLUMNS = ("run", "scope", "Balance BSZ", "LBL global", "LBL micro", "MaxVio", "worst layer", "entropy", "dead experts", "alarms")
+COLUMNS = (
+    "run",
+    "scope",
+    "Balance BSZ",
+    "LBL global",
+    "LBL micro",
+    "MaxVio",
+    "worst layer",
+    "entropy",
+    "dead experts",
+    "alarms",
+)
 COMPARED = {
     "lbl_global": ("LBL over the global batch", "The mean of the layers: 1.0 is even, the lowest line is the most even load."),
     "lbl_micro": (
         "LBL within micro-batches",
-        "The mean of the layers: a higher line is a run whose experts are used unevenly within a micro-batch, as specialised ones are.",
+        "The mean of the layers: a higher line is a run whose micro-batches use experts unevenly, as specialised ones are.",
     ),
-    "max_vio": ("MaxVio", "The mean of the layers: the lowest line is the run whose fullest experts are closest to their share."),
+    "max_vio": (
+        "MaxVio",
+        "The mean of the layers: the lowest line is the run whose fullest experts are closest to their share.",
+    ),
     "entropy": ("Entropy of the load", "The mean of the layers: 1 is an even load, the highest line is the most even run."),
 }
 
@@ -36,9 +49,10 @@ def summary(run: Run) -> str:
     """The run in one sentence."""
     header = run.header
     topk = f", top-{header['topk']}" if "topk" in header else ""
+    intervals = f"{len(run.iterations):,} {'interval' if len(run.iterations) == 1 else 'intervals'}"
     return (
         f"{len(run.layers)} MoE {'layer' if len(run.layers) == 1 else 'layers'} of {header['num_experts']} experts{topk}; "
-        f"{len(run.iterations):,} {'interval' if len(run.iterations) == 1 else 'intervals'} up to iteration {run.iterations[-1]:,}."
+        f"{intervals} up to iteration {run.iterations[-1]:,}."
     )
 
 
@@ -55,7 +69,7 @@ def figures(run: Run) -> list[Fact]:
         Fact("LBL, micro-batches", _number(_mean(late(run.metrics["lbl_micro"]))), "mean of the layers"),
         Fact("MaxVio", _number(_mean(vio_L)), _worst(vio_L, layers, highest=True)),
         Fact("entropy of the load", _number(_mean(entropy_L), 4), _worst(entropy_L, layers, highest=False, digits=4)),
-        Fact("dead experts", _number(numpy.nansum(dead) if numpy.isfinite(dead).any() else numpy.nan), "in the last interval"),
+        Fact("dead experts", _number(np.nansum(dead) if np.isfinite(dead).any() else np.nan), "in the last interval"),
     ]
 
 
@@ -72,7 +86,7 @@ def row(run: Run, label: str, found: list[Alarm]) -> list[str]:
         _number(_mean(vio_L)),
         _worst(vio_L, run.layers, highest=True, short=True),
         _number(_mean(late(run.metrics["entropy"])), 4),
-        _number(numpy.nansum(dead) if numpy.isfinite(dead).any() else numpy.nan),
+        _number(np.nansum(dead) if np.isfinite(dead).any() else np.nan),
         str(len(found)) if found else "none",
     ]
 
@@ -93,8 +107,8 @@ def settings(run: Run) -> list[tuple[str, str]]:
 
 
 def made() -> str:
-    """What made the page."""
-    return f"megatron_global_lbl {__version__}, {time.strftime('%Y-%m-%d %H:%M UTC', time.gmtime())}"
+    """When the page was made."""
+    return f"Made {time.strftime('%Y-%m-%d %H:%M UTC', time.gmtime())}"
 
 
 def _plain(value: Any) -> str:
@@ -109,23 +123,23 @@ def _coefficient(run: Run) -> str:
 
 
 def _tokens(run: Run) -> str:
-    return f", {run.tokens[-1]:,.0f} tokens" if numpy.isfinite(run.tokens[-1]) else ""
+    return f", {run.tokens[-1]:,.0f} tokens" if np.isfinite(run.tokens[-1]) else ""
 
 
-def _worst(value_L: numpy.ndarray, layers: list[str], *, highest: bool, digits: int = 3, short: bool = False) -> str:
-    if not numpy.isfinite(value_L).any():
+def _worst(value_L: np.ndarray, layers: list[str], *, highest: bool, digits: int = 3, short: bool = False) -> str:
+    if not np.isfinite(value_L).any():
         return "-" if short else "not in the record"
-    layer = int(numpy.nanargmax(value_L) if highest else numpy.nanargmin(value_L))
+    layer = int(np.nanargmax(value_L) if highest else np.nanargmin(value_L))
     value = _number(value_L[layer], digits)
     return f"{value} (layer {layers[layer]})" if short else f"worst {value}, layer {layers[layer]}"
 
 
-def _mean(value_L: numpy.ndarray) -> float:
-    return float(numpy.nanmean(value_L)) if numpy.isfinite(value_L).any() else numpy.nan
+def _mean(value_L: np.ndarray) -> float:
+    return float(np.nanmean(value_L)) if np.isfinite(value_L).any() else np.nan
 
 
 def _number(value: float, digits: int = 3) -> str:
-    if not numpy.isfinite(value):
+    if not np.isfinite(value):
         return "not known"
     whole = abs(value) >= 100 or (float(value).is_integer() and abs(value) != 1)  # an LBL of 1 is 1.000
     return f"{value:,.0f}" if whole else f"{value:.{digits if abs(value) < 10 else 1}f}"

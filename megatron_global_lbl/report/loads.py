@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import LogNorm, Normalize, to_rgba
@@ -30,13 +30,13 @@ def thirds(run: Any) -> list[Picture]:
     number = min(3, count)
     bounds = [round(count * i / number) for i in range(number + 1)]
     means_LE = [_mean_load(run, start, stop) for start, stop in zip(bounds, bounds[1:])]
-    order_LE = numpy.argsort(numpy.nan_to_num(means_LE[-1], nan=-1), axis=1, kind="stable")
+    order_LE = np.argsort(np.nan_to_num(means_LE[-1], nan=-1), axis=1, kind="stable")
     names = THIRDS if number == 3 else ("first", "last") if number == 2 else ("only",)
     pictures = []
     for name, mean_LE, start, stop in zip(names, means_LE, bounds, bounds[1:]):
         first = int(run.iterations[start - 1]) + 1 if start else 1
         last = int(run.iterations[stop - 1])
-        drawn = _experts(numpy.take_along_axis(mean_LE, order_LE, axis=1), run.layers)
+        drawn = _experts(np.take_along_axis(mean_LE, order_LE, axis=1), run.layers)
         when = {"first": "First third", "middle": "Middle third", "last": "Last third", "only": "Whole record"}[name]
         when = when if number == 3 or name == "only" else f"{name.capitalize()} half"
         pictures.append(
@@ -45,23 +45,24 @@ def thirds(run: Any) -> list[Picture]:
     return pictures
 
 
-def _mean_load(run: Any, start: int, stop: int) -> numpy.ndarray:
+def _mean_load(run: Any, start: int, stop: int) -> np.ndarray:
     """[L, E] of evenly spaced intervals, a few at a time."""
-    indices_S = numpy.unique(numpy.linspace(start, stop - 1, min(SAMPLE, stop - start)).round().astype(numpy.int64))
-    total_LE, known_LE = 0.0, 0
-    for part_S in numpy.array_split(indices_S, -(-len(indices_S) // 32)):
+    indices_S = np.unique(np.linspace(start, stop - 1, min(SAMPLE, stop - start)).round().astype(np.int64))
+    total_LE: np.ndarray | float = 0.0
+    known_LE: np.ndarray | int = 0
+    for part_S in np.array_split(indices_S, -(-len(indices_S) // 32)):
         load_SLE = run.load(part_S)
-        known_SLE = numpy.isfinite(load_SLE)
-        total_LE = total_LE + numpy.where(known_SLE, load_SLE, 0).sum(axis=0, dtype=numpy.float64)
+        known_SLE = np.isfinite(load_SLE)
+        total_LE = total_LE + np.where(known_SLE, load_SLE, 0).sum(axis=0, dtype=np.float64)
         known_LE = known_LE + known_SLE.sum(axis=0)
-    return numpy.where(known_LE > 0, total_LE / numpy.maximum(known_LE, 1), numpy.nan)
+    return np.where(known_LE > 0, total_LE / np.maximum(known_LE, 1), np.nan)
 
 
-def _experts(load_LE: numpy.ndarray, layers: list[str]) -> Figure:
+def _experts(load_LE: np.ndarray, layers: list[str]) -> Figure:
     norm = LogNorm(LEAST, MOST, clip=True)
-    shown_LEC = LOADS(norm(numpy.nan_to_num(load_LE, nan=1)))
+    shown_LEC = LOADS(norm(np.nan_to_num(load_LE, nan=1)))
     shown_LEC[load_LE == 0] = to_rgba(DEAD)
-    shown_LEC[numpy.isnan(load_LE)] = to_rgba(UNKNOWN)
+    shown_LEC[np.isnan(load_LE)] = to_rgba(UNKNOWN)
     drawn, axes = _rows(shown_LEC, layers, width=3.6)
     axes.set_xlabel(f"{load_LE.shape[1]} experts, the fullest of each layer on the right")
     axes.set_xticks([])
@@ -75,34 +76,34 @@ def max_vio(run: Any) -> Picture:
     values_BL = binned(run.metrics["max_vio"], starts_B)
     iterations_B = last_iterations(run.iterations, starts_B)
     settled = values_BL[len(values_BL) // 10 :]
-    top = float(numpy.nanmax(settled)) if numpy.isfinite(settled).any() else 1.0
+    top = float(np.nanmax(settled)) if np.isfinite(settled).any() else 1.0
     norm = Normalize(0, max(top, 0.5), clip=True)
-    shown_LBC = UNEVEN(norm(numpy.nan_to_num(values_BL.T)))
-    shown_LBC[numpy.isnan(values_BL.T)] = to_rgba(UNKNOWN)
+    shown_LBC = UNEVEN(norm(np.nan_to_num(values_BL.T)))
+    shown_LBC[np.isnan(values_BL.T)] = to_rgba(UNKNOWN)
     drawn, axes = _rows(shown_LBC, run.layers, width=5.2)
     last = int(iterations_B[-1])
     ticks = MaxNLocator(6, integer=True).tick_values(int(iterations_B[0]), last)
     ticks = [tick for tick in ticks if iterations_B[0] <= tick <= last]
-    axes.set_xticks([numpy.interp(tick, iterations_B, numpy.arange(len(iterations_B))) for tick in ticks])
+    axes.set_xticks([np.interp(tick, iterations_B, np.arange(len(iterations_B))) for tick in ticks])
     axes.set_xticklabels([EngFormatter(sep="")(tick) for tick in ticks])
     axes.set_xlabel("iteration")
     _scale(drawn, axes, norm, UNEVEN, None, None)
     late_L = values_BL[-1]
-    worst = int(numpy.nanargmax(late_L)) if numpy.isfinite(late_L).any() else 0
+    worst = int(np.nanargmax(late_L)) if np.isfinite(late_L).any() else 0
     return Picture(
         "max-vio-layers",
         "MaxVio by layer",
         "One row per layer, time to the right, dark is uneven: a row that darkens is a layer that gets away.",
-        f"At the end the highest MaxVio is {late_L[worst]:.3g}, in layer {run.layers[worst]}.",
+        f"At iteration {last} the highest MaxVio is {late_L[worst]:.3g}, in layer {run.layers[worst]}.",
         png(drawn),
     )
 
 
-def _rows(shown_LXC: numpy.ndarray, layers: list[str], *, width: float) -> tuple[Figure, Axes]:
+def _rows(shown_LXC: np.ndarray, layers: list[str], *, width: float) -> tuple[Figure, Axes]:
     """An image with a row per layer and a white line between them."""
     count = len(layers)
     drawn, axes = figure(width, min(4.4, max(2.1, 1.1 + 0.07 * count)))
-    image = numpy.ones((count * (ROW + GAP) - GAP, *shown_LXC.shape[1:]))
+    image = np.ones((count * (ROW + GAP) - GAP, *shown_LXC.shape[1:]))
     for layer in range(count):
         image[layer * (ROW + GAP) : layer * (ROW + GAP) + ROW] = shown_LXC[layer]
     axes.imshow(image, aspect="auto", interpolation="nearest", interpolation_stage="rgba")
@@ -116,7 +117,9 @@ def _rows(shown_LXC: numpy.ndarray, layers: list[str], *, width: float) -> tuple
     return drawn, axes
 
 
-def _scale(drawn: Figure, axes: Axes, norm: Normalize, colours: Any, ticks: list[float] | None, names: list[str] | None) -> None:
+def _scale(
+    drawn: Figure, axes: Axes, norm: Normalize, colours: Any, ticks: list[float] | None, names: list[str] | None
+) -> None:
     bar = drawn.colorbar(ScalarMappable(norm, colours), ax=axes, location="top", aspect=40, shrink=0.75, pad=0.02)
     if ticks is not None:
         bar.set_ticks(ticks, labels=names)
@@ -125,12 +128,12 @@ def _scale(drawn: Figure, axes: Axes, norm: Normalize, colours: Any, ticks: list
     bar.outline.set_visible(False)  # type: ignore[operator]
 
 
-def _told(load_LE: numpy.ndarray, layers: list[str]) -> str:
-    if not numpy.isfinite(load_LE).any():
+def _told(load_LE: np.ndarray, layers: list[str]) -> str:
+    if not np.isfinite(load_LE).any():
         return "Loads of the experts: not in the record."
-    layer, expert = numpy.unravel_index(numpy.nanargmax(load_LE), load_LE.shape)
-    uneven = numpy.mean((load_LE > 2) | (load_LE < 0.5))
+    layer, expert = np.unravel_index(np.nanargmax(load_LE), load_LE.shape)
+    uneven = np.mean((load_LE > 2) | (load_LE < 0.5))
     return (
-        f"Loads of the experts: the fullest has {load_LE[layer, expert]:.2f} times an even share (layer {layers[layer]}, expert "
-        f"{expert}); {100 * uneven:.0f} % of the experts have less than half or more than twice."
+        f"Loads of the experts: the fullest has {load_LE[layer, expert]:.2f} times an even share (layer {layers[layer]}, "
+        f"expert {expert}); {100 * uneven:.0f} % of the experts have less than half or more than twice."
     )

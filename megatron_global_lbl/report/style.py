@@ -20,12 +20,14 @@ INK, QUIET, LINES = "#1a1a1a", "#555555", "#dddddd"
 COLOURS = (BLUE, VERMILION, GREEN, PURPLE, AMBER, SKY)
 DASHES: tuple[Any, ...] = ("-", (0, (5, 1.5)), (0, (1.2, 1.2)), (0, (6, 1.5, 1.2, 1.5)), "-", (0, (5, 1.5)))
 # Orange and purple differ for every colour vision. The middle is grey, so that even rows are no gap between layers.
-LOADS = LinearSegmentedColormap.from_list("loads", ["#8c4a00", "#e08214", "#fdc57f", "#e6e6e6", "#b9a8d6", "#7b5aa6", "#3a0a66"])
+LOADS = LinearSegmentedColormap.from_list(
+    "loads", ["#8c4a00", "#e08214", "#fdc57f", "#e6e6e6", "#b9a8d6", "#7b5aa6", "#3a0a66"]
+)
 UNEVEN = LinearSegmentedColormap.from_list("uneven", ["#e9eef2", "#9ecae1", "#3182bd", "#08306b", "#021026"])
 DEAD, UNKNOWN = "#000000", "#ffffff"
 
 DPI = 200
-SETTINGS = {
+SETTINGS: Any = {
     "font.family": "DejaVu Sans",
     "font.size": 9,
     "text.color": INK,

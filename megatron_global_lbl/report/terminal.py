@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy
+import numpy as np
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -18,14 +18,18 @@ BARS = "▁▂▃▄▅▆▇█"
 TREND_POINTS = 20
 # The trend is of the last intervals: the start would make all that follows a flat line.
 TREND_INTERVALS = 400
-COLUMNS = (("LBL global", "lbl_global", 3), ("LBL micro", "lbl_micro", 3), ("MaxVio", "max_vio", 2))
-COLUMNS += (("entropy", "entropy", 4), ("dead", "dead", 0))
+COLUMNS = (
+    *(("LBL global", "lbl_global", 3), ("LBL micro", "lbl_micro", 3), ("MaxVio", "max_vio", 2)),
+    *(("entropy", "entropy", 4), ("dead", "dead", 0)),
+)
 
 
 def view(run: Run, found: Sequence[Alarm], *, rows: int | None = None) -> RenderableType:
     """What there is to see of a run; with `rows`, only so many layers, those with an alarm and the highest MaxVio first."""
     head = Text.assemble((run.name, "bold"), f"  scope {run.header.get('scope', 'not known')}, ", f"Balance BSZ {_bsz(run)}; ")
-    return Group(head.append(summary(run)), table(run, found, rows), *(Text(f"note: {note}") for note in run.notes), status(found))
+    return Group(
+        head.append(summary(run)), table(run, found, rows), *(Text(f"note: {note}") for note in run.notes), status(found)
+    )
 
 
 def table(run: Run, found: Sequence[Alarm], rows: int | None = None) -> Table:
@@ -40,7 +44,7 @@ def table(run: Run, found: Sequence[Alarm], rows: int | None = None) -> Table:
     causes = {layer: ", ".join(alarm.cause for alarm in found if layer in alarm.layers) for layer in run.layers}
     order = list(range(len(run.layers)))
     if rows is not None and rows < len(order):
-        worst_L = numpy.nan_to_num(run.metrics["max_vio"][-1], nan=-1)
+        worst_L = np.nan_to_num(run.metrics["max_vio"][-1], nan=-1)
         order = sorted(order, key=lambda i: (not causes[run.layers[i]], -worst_L[i]))[: max(1, rows)]
         result.caption = f"the worst {len(order)} of {len(run.layers)} layers"
     for i in order:
@@ -62,17 +66,17 @@ def status(found: Sequence[Alarm]) -> RenderableType:
     return lines
 
 
-def _trends(values_NL: numpy.ndarray) -> list[str]:
+def _trends(values_NL: np.ndarray) -> list[str]:
     """A line of bars per layer, from 0 to the layer's own highest."""
     points_BL = binned(values_NL, edges(len(values_NL), TREND_POINTS))
-    top_L = numpy.nanmax(points_BL, axis=0, initial=1e-9)
-    levels_BL = numpy.nan_to_num(points_BL / top_L * (len(BARS) - 1), nan=-1).round().astype(int)
+    top_L = np.nanmax(points_BL, axis=0, initial=1e-9)
+    levels_BL = np.nan_to_num(points_BL / top_L * (len(BARS) - 1), nan=-1).round().astype(int)
     return ["".join(" " if level < 0 else BARS[level] for level in column) for column in levels_BL.T]
 
 
 def _bsz(run: Run) -> str:
-    return f"{run.sequences[-1]:,g}" if numpy.isfinite(run.sequences[-1]) else "not known"
+    return f"{run.sequences[-1]:,g}" if np.isfinite(run.sequences[-1]) else "not known"
 
 
 def _shown(value: float, digits: int) -> str:
-    return f"{value:.{digits}f}" if numpy.isfinite(value) else "-"
+    return f"{value:.{digits}f}" if np.isfinite(value) else "-"

@@ -25,7 +25,9 @@ def page(tmp_path_factory):
         for iteration in range(1, 31):
             load = random.uniform(0.5, 1.5, (2, 8))
             values = dict.fromkeys(("lbl_global", "lbl_micro", "max_vio", "entropy", "cv", "uncertainty"), load[:, 0])
-            writer.append(iteration=iteration, steps=1, values=values | {"dead": load[:, 0] * 0}, load=load, sequences=sequences)
+            writer.append(
+                iteration=iteration, steps=1, values=values | {"dead": load[:, 0] * 0}, load=load, sequences=sequences
+            )
     return write_report(directories, folder / "out")
 
 
