@@ -21,9 +21,10 @@ def test_the_workflow_runs_what_ci_runs():
     assert commands(".github/workflows/ci.yml", r" +- run: ") == expected
 
 
-def test_the_workflow_and_ci_require_slurm():
-    assert "export SLURM_TESTS=required" in (ROOT / ".ci" / "run").read_text()
-    assert re.search(r"^ +SLURM_TESTS: required$", (ROOT / ".github/workflows/ci.yml").read_text(), re.MULTILINE)
+@pytest.mark.parametrize("tests", ["SLURM_TESTS", "BROWSER_TESTS"])
+def test_the_workflow_and_ci_require_what_they_install(tests):
+    assert re.search(rf"^export .*\b{tests}=required", (ROOT / ".ci" / "run").read_text(), re.MULTILINE)
+    assert re.search(rf"^ +{tests}: required$", (ROOT / ".github/workflows/ci.yml").read_text(), re.MULTILINE)
 
 
 @pytest.mark.parametrize("file", [".ci/run", ".pre-commit-config.yaml", "CONTRIBUTING.md", "README.md"])
