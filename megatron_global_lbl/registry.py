@@ -24,6 +24,8 @@ class Handle:
     Attributes:
         settings: what was registered, defaults filled in.
         hooked: dotted paths of the Megatron symbols that are replaced.
+        loss_paths: by MoE layer, how its last forward in scope computed the loss: "fused: ..." by Triton kernels, or "plain:
+            ..." with the reason. The environment variable MEGATRON_GLOBAL_LBL_FUSED chooses (core/fused/choice.py).
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -64,6 +66,10 @@ class Handle:
     @property
     def hooked(self) -> list[str]:
         return self._patches.paths
+
+    @property
+    def loss_paths(self) -> dict[str, str]:
+        return self._engine.loss_paths
 
     def remove(self) -> None:
         """Put back every symbol of Megatron; doing it again changes nothing.

@@ -34,23 +34,44 @@ def count(layer: Layer, selection: Tensor, padding_mask: Tensor | None, *, in_sc
     # int32 is enough for one micro-batch (2^31 tokens over all ranks), and is what travels.
     counts_E = selection.sum(dim=0, dtype=torch.int32)
     layer.captured |= is_capturing(counts_E)
-    return SCOPES[layer.table.settings.scope](layer, counts_E, in_scope)
+    scope = SCOPES[layer.table.settings.scope]
+    scope.add_to_step(layer, counts_E)
+    return scope(layer, counts_E, in_scope)
 
 
 class CountedForward(AwaitedBackward):
-    """What one forward of one layer leaves for its backward: nothing of size [T, E]."""
+    """What one forward of one layer leaves for its backward: nothing of size [T, E].
 
-    def __init__(self, layer: Layer, counts_E: Tensor, in_scope: bool) -> None:
+    Attributes:
+        is_fused: counted by the kernels (fused/counted.py).
+    """
+
+    is_fused = False
+
+    def __init__(self, layer: Layer, counts_E: Tensor, in_scope: bool, copy_E: Tensor | None = None) -> None:
+        """
+        Args:
+            layer: whose forward it is.
+            counts_E: int32 selections on this rank.
+            in_scope: a loss will be attached.
+            copy_E: the same in other memory, if there is one already.
+        """
         super().__init__(layer)
         settings = layer.table.settings
         self.in_scope = in_scope
         self._blocking = settings.sync is Sync.BLOCKING
         # A layer that is applied several times per micro-batch adds its loss as often.
         self._micro_coeff = settings.micro_coeff / layer.info.applications if in_scope else 0.0
-        self._micro = self._start(counts_E.clone(), layer.table.group.model) if self._micro_coeff else None
+        self._micro: Reduction | None = None
+        if self._micro_coeff:
+            self._micro = self._start(counts_E.clone() if copy_E is None else copy_E, layer.table.group.model)
 
     def _start(self, counts_E: Tensor, group: torch.distributed.ProcessGroup) -> Reduction:
         return Reduction(counts_E, group, blocking=self._blocking)
+
+    @staticmethod
+    def add_to_step(layer: Layer, counts_E: Tensor) -> None:
+        """What the step's counts of the layer get in the forward."""
 
     def observe(self, score_sums_E: Tensor) -> None:
         """Take the scores summed over the tokens, for the log."""
@@ -82,13 +103,13 @@ class CountedForward(AwaitedBackward):
         return score_gradient(tokens_per_expert=counts_E, num_tokens=selections, coeff=coeff * self.layer.table.topk * ranks)
 
 
-class _Dp(CountedForward):
+class Dp(CountedForward):
     """f over this micro-batch on all data-parallel ranks."""
 
     _score_sums_E: Tensor
 
-    def __init__(self, layer: Layer, counts_E: Tensor, in_scope: bool) -> None:
-        super().__init__(layer, counts_E, in_scope)
+    def __init__(self, layer: Layer, counts_E: Tensor, in_scope: bool, copy_E: Tensor | None = None) -> None:
+        super().__init__(layer, counts_E, in_scope, copy_E)
         self._summed = self._start(counts_E, layer.table.group.counted)
         if not is_capturing(counts_E):
             layer.started.append(self._summed)
@@ -104,34 +125,41 @@ class _Dp(CountedForward):
         return gradient_E
 
 
-class _Global(CountedForward):
+class Global(CountedForward):
     """f over the step's micro-batches whose forward has run, on all data-parallel ranks."""
 
-    def __init__(self, layer: Layer, counts_E: Tensor, in_scope: bool) -> None:
-        super().__init__(layer, counts_E, in_scope)
-        layer.counts_C[-1:].add_(1)
+    def __init__(self, layer: Layer, counts_E: Tensor, in_scope: bool, copy_E: Tensor | None = None) -> None:
+        super().__init__(layer, counts_E, in_scope, copy_E)
         self._summed = self._start(counts_E, layer.table.group.counted)
         layer.started.append(self._summed)
         if is_capturing(counts_E):
             layer.counts_of_step()
+
+    @staticmethod
+    def add_to_step(layer: Layer, counts_E: Tensor) -> None:
+        layer.counts_C[-1:].add_(1)
 
     def _gradient_of_scope(self, coeff: float, per_token: bool) -> Tensor:
         own_E, layer = self._summed.wait(), self.layer
         return self._gradient(layer.counts_of_step()[:-1], own_E, coeff, layer.table.group.size, per_token)
 
 
-class _Window(CountedForward):
+class Window(CountedForward):
     """f over the last completed steps; summed over ranks once per step, all layers together (window.py)."""
 
-    def __init__(self, layer: Layer, counts_E: Tensor, in_scope: bool) -> None:
-        super().__init__(layer, counts_E, in_scope)
+    @staticmethod
+    def add_to_step(layer: Layer, counts_E: Tensor) -> None:
         layer.counts_C[-1:].add_(1)
         layer.counts_C[:-1].add_(counts_E)
 
-    def _gradient_of_scope(self, coeff: float, per_token: bool) -> Tensor:
+    def unit_gradient(self, per_token: bool) -> Tensor:
+        """[E] for alpha = 1."""
         window = self.layer.table.window
         assert window is not None
-        return window.score_gradient(per_token=per_token)[self.layer.row] * coeff
+        return window.score_gradient(per_token=per_token)[self.layer.row]
+
+    def _gradient_of_scope(self, coeff: float, per_token: bool) -> Tensor:
+        return self.unit_gradient(per_token) * coeff
 
 
-SCOPES = {Scope.DP: _Dp, Scope.GLOBAL: _Global, Scope.WINDOW: _Window}
+SCOPES = {Scope.DP: Dp, Scope.GLOBAL: Global, Scope.WINDOW: Window}

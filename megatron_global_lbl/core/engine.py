@@ -15,8 +15,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megatron_global_lbl.core.attach import attach_loss
-from megatron_global_lbl.core.balance import count
+from megatron_global_lbl.core.balance import CountedForward, count
 from megatron_global_lbl.core.collective import BalanceGroup, is_capturing
+from megatron_global_lbl.core.fused.attach import LossOnLogits, attach_to_logits
+from megatron_global_lbl.core.fused.choice import FUSED, Choice, why_not
 from megatron_global_lbl.core.layers import Layer, LayerTable
 from megatron_global_lbl.core.recompute import FirstForward, Pass, Recomputation
 from megatron_global_lbl.core.router_forward import Record, RouterForward
@@ -36,9 +38,13 @@ class Engine:
             settings: what was registered.
             clock: 0-based iteration of the training loop; None in a loop that has no clock.
             record: what looks on, if anything does.
+
+        Raises:
+            ConfigError: the environment variable of fused/choice.py has a value that is not allowed.
         """
         self.settings = settings
         self.recomputation = Recomputation()
+        self._choice = Choice.read()
         self._clock, self._record = clock, record
         self._layers: WeakKeyDictionary[nn.Module, Layer] = WeakKeyDictionary()
         self._tables: list[LayerTable] = []
@@ -59,6 +65,11 @@ class Engine:
     def may_have_counted(self) -> bool:
         """The same, or a CUDA graph may have been replayed, which runs no Python."""
         return any(layer.ran or layer.captured for layer in self._layers_of(None))
+
+    @property
+    def loss_paths(self) -> dict[str, str]:
+        """How the last forward in scope of each layer computed its loss, by the layer's key; of several models the last."""
+        return {layer.info.key: layer.path for layer in self._layers_of(None) if layer.path}
 
     def was_trained(self, router: nn.Module) -> bool:
         """Whether a backward of the router has run since its last step's end."""
@@ -87,6 +98,29 @@ class Engine:
         in_scope = self.settings.scope is not Scope.MICRO and self._iteration(layer) >= self.settings.start_iter
         return RouterForward(layer, which, loss, in_scope)
 
+    def before_selection(self, forward: RouterForward, logits: Tensor, score_function: str | None) -> Tensor:
+        """The router selects next; decides whether the kernels take this forward.
+
+        Args:
+            forward: what `begin` gave.
+            logits: [T, E] from which it selects.
+            score_function: that of the auxiliary loss, or None if its scores for these logits are not those of the kernels.
+
+        Returns:
+            logits, with the loss attached if it is one of the kernels' to attach.
+        """
+        if not forward.replaces:
+            return logits
+        reason = self._why_not_fused(forward, logits, score_function)
+        forward.layer.path = FUSED if reason is None else f"plain: {reason}"
+        if reason is not None or score_function is None:
+            return logits
+        forward.logits = logits
+        if forward.which is Pass.FIRST or not logits.requires_grad:
+            return logits
+        forward.attached = LossOnLogits(score_function)
+        return attach_to_logits(logits, forward.attached)
+
     def finish(self, forward: RouterForward, *, probs: Tensor, padding_mask: Tensor | None) -> Tensor:
         """The forward is over.
 
@@ -111,7 +145,7 @@ class Engine:
         counted = forward.counted
         # A window fills before `--moe-lbl-start-iter`, too; and f holds forwards whose own coefficient is 0.
         if forward.which is not Pass.SECOND and (forward.in_scope or self.settings.scope is Scope.WINDOW):
-            counted = count(layer, selection, padding_mask, in_scope=forward.in_scope)
+            counted = self._count(forward, selection, padding_mask)
         if forward.which is Pass.FIRST:
             call = self.recomputation.call
             call.keep(FirstForward(layer, counted))
@@ -119,6 +153,16 @@ class Engine:
                 counted.await_backward()
             return probs
         if not forward.in_scope or counted is None:
+            return probs
+        if forward.attached is not None and forward.loss is not None:
+            from megatron_global_lbl.core.fused.counted import FusedForward
+
+            assert isinstance(counted, FusedForward)
+            layer.kind = forward.loss.kind
+            counted.observe_own()
+            if forward.which is Pass.ONLY:
+                counted.await_backward()
+            forward.attached.fill(counted, forward.loss.coeff, padding_mask)
             return probs
         if forward.loss is None or not (probs.requires_grad or (scores is not None and scores.requires_grad)):
             counted.backward_has_come()  # the coefficient is 0, or all that leads here is frozen
@@ -129,6 +173,30 @@ class Engine:
         if forward.which is Pass.ONLY:
             counted.await_backward()
         return attach_loss(probs=probs, scores=scores, counted=counted, coeff=forward.loss.coeff)
+
+    def _count(self, forward: RouterForward, selection: Tensor, padding_mask: Tensor | None) -> CountedForward:
+        if forward.logits is None:
+            return count(forward.layer, selection, padding_mask, in_scope=forward.in_scope)
+        # Imported here: it needs Triton.
+        from megatron_global_lbl.core.fused.counted import count as count_fused
+
+        return count_fused(
+            forward.layer,
+            forward.logits,
+            selection,
+            padding_mask,
+            score_function=forward.score_function,
+            log=forward.attached is not None,
+        )
+
+    def _why_not_fused(self, forward: RouterForward, logits: Tensor, score_function: str | None) -> str | None:
+        if self._record is not None:
+            return "--moe-lbl-metrics-dir needs the scores"
+        if forward.loss is not None and not forward.loss.alone:
+            return "another auxiliary loss of the router needs the scores"
+        if forward.counted is not None and not forward.counted.is_fused:
+            return "the first forward of a recomputed layer was counted without the kernels"
+        return why_not(self._choice, logits, score_function)
 
     def note_router_without_loss(self, router: nn.Module) -> None:
         """A forward of a router that has no auxiliary loss for the scope to act on, whatever its coefficients."""

@@ -30,6 +30,7 @@ class Layer:
         awaited: forwards that were counted and whose backward has not run.
         trained: a backward has run since the last step's end.
         kind: of the loss that was replaced in this step; None if none was.
+        path: how the last forward's loss was computed: "fused: ..." or "plain: why"; empty if it had none of ours.
         captured: a CUDA graph holds a forward, whose replays run no Python.
         dropped: how often the counts of an unfinished step were dropped.
         steps: completed optimizer steps.
@@ -38,10 +39,12 @@ class Layer:
 
     counts_C: Tensor
     score_sums_E: Tensor
+    ticket: Tensor
 
     def __init__(self, info: RouterInfo, table: LayerTable) -> None:
         self.info, self.captured, self.steps, self.dropped, self.unfinished = info, False, 0, 0, 0
         self.kind: str | None = None
+        self.path = ""
         self.started: list[Reduction] = []
         self._new_step()
         table.add(self)
@@ -50,6 +53,7 @@ class Layer:
         """Count in this row from now on."""
         self.table, self.row = table, row
         self.counts_C, self.score_sums_E = table.counts_LC[row], table.score_sums_LE[row]
+        self.ticket = table.tickets_L[row]
 
     def counts_of_step(self) -> Tensor:
         """[C] over the step's micro-batches whose forward has run; waits for what is still under way."""
@@ -57,6 +61,15 @@ class Layer:
             self.counts_C[:-1].add_(reduction.wait())
         self.started.clear()
         return self.counts_C
+
+    def take_pending(self) -> Tensor | None:
+        """[E] int32 that the caller adds to the step's counts on the device, after which these hold every forward that has run;
+        None if they do already. Adds the rest if there is more, as in the first backward of a pipeline stage."""
+        if not self.started:
+            return None
+        last = self.started.pop()
+        self.counts_of_step()
+        return last.wait()
 
     def settle(self) -> None:
         """Leave no reduction under way."""
@@ -89,6 +102,8 @@ class LayerTable:
         self.num_experts, self.topk, self.group, self.settings = info.num_experts, info.topk, group, settings
         self.counts_LC = torch.zeros(rows, info.num_experts + 1, dtype=torch.int64, device=info.device)
         self.score_sums_LE = torch.zeros(rows, info.num_experts, device=info.device)
+        # Of the kernels (fused/count_kernel.py), which leave a zero behind.
+        self.tickets_L = torch.zeros(rows, dtype=torch.int32, device=info.device)
         self.layers: list[Layer] = []
         self.takes_more = True
         self.removed = False

@@ -8,6 +8,7 @@ from typing import Protocol
 from torch import Tensor
 
 from megatron_global_lbl.core.balance import CountedForward
+from megatron_global_lbl.core.fused.attach import LossOnLogits
 from megatron_global_lbl.core.layers import Layer
 from megatron_global_lbl.core.recompute import Pass
 from megatron_global_lbl.core.router_info import RouterLoss
@@ -24,7 +25,10 @@ class RouterForward:
         in_scope: the loss is the plugin's, not Megatron's: the scope is not `micro`, and its start has come.
         counted: what the first of two forwards counted.
         selection: [T, E] bool, the experts that were selected.
-        scores: [T, E] the scores of the auxiliary loss; None in the first of two forwards.
+        scores: [T, E] the scores of the auxiliary loss; None in the first of two forwards, and where the kernels do without.
+        logits: [T, E] of the router if the kernels take this forward (fused/choice.py); otherwise None.
+        score_function: Megatron's name of it.
+        attached: the loss on the logits; None in the first of two forwards.
     """
 
     layer: Layer
@@ -34,6 +38,9 @@ class RouterForward:
     counted: CountedForward | None = None
     selection: Tensor | None = None
     scores: Tensor | None = None
+    logits: Tensor | None = None
+    score_function: str = ""
+    attached: LossOnLogits | None = None
 
     @property
     def replaces(self) -> bool:

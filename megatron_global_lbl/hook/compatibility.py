@@ -30,6 +30,11 @@ def tells_mtp_routers() -> bool:
     return require_supported() >= (0, 17)
 
 
+def takes_sigmoid_in_float32() -> bool:
+    """Sigmoid scores of logits in another type are computed in float32 since 0.17."""
+    return require_supported() >= (0, 17)
+
+
 def stage_name(stage: dist.ProcessGroup) -> str:
     """Names this rank's pipeline stage in files: "pp" and its index, or its first rank without Megatron's global groups."""
     from megatron.core import parallel_state
@@ -53,7 +58,9 @@ def backward_scale(config) -> Callable[[], Tensor | float]:
 
     def scale() -> Tensor | float:
         set_by_schedule = MoEAuxLossAutoScaler.main_loss_backward_scale
-        return forgotten if set_by_schedule is None else set_by_schedule * forgotten
+        if set_by_schedule is None:
+            return forgotten
+        return set_by_schedule if forgotten == 1.0 else set_by_schedule * forgotten
 
     return scale
 

@@ -4,7 +4,8 @@ Why here: the router is the one place that has the selections, the scores and th
 layout (TP, EP, CP, PP, MTP, recompute) runs through it. Replaced are
 
     TopKRouter.routing                     decides once what a forward is, lets it collect its parts, attaches the loss
-    router.topk_routing_with_score_function  reveals the selection: expert bias, group limits and replay included, token
+    router.topk_routing_with_score_function  takes the loss on the logits where kernels compute it (core/fused), and
+                                           reveals the selection: expert bias, group limits and replay included, token
                                            dropping not yet applied. An overloaded expert whose surplus is dropped must not
                                            look balanced, so demand is counted, as in GShard and Switch
     router.compute_routing_scores_for_aux_loss  saves the selection that only upstream's losses need (scores.py)
@@ -16,15 +17,16 @@ Untouched: routing itself, dispatch, z-loss, sequence-level loss, expert bias, l
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from megatron_global_lbl.core.engine import Engine
 from megatron_global_lbl.core.router_forward import RouterForward
 from megatron_global_lbl.core.router_info import RouterInfo, RouterLoss
-from megatron_global_lbl.hook import compatibility, log, refusals
+from megatron_global_lbl.hook import compatibility, log, refusals, scores
 from megatron_global_lbl.hook.models import layer_key
 from megatron_global_lbl.hook.patching import Patches
-from megatron_global_lbl.hook.scores import scores_only
+from megatron_global_lbl.hook.versions import SUPPORTED, UnsupportedMegatron
 
 ROUTER = "megatron.core.transformer.moe.router"
 OTHER_LOSSES = ("seq_aux_loss",)
@@ -44,6 +46,7 @@ def install(patches: Patches, engine: Engine) -> None:
             if forward is None:
                 return original(self, logits, **kwargs)
             forwards.append(forward)
+            forward.score_function = self.score_function
             try:
                 probs, routing_map = original(self, logits, **kwargs)
             finally:
@@ -66,20 +69,27 @@ def install(patches: Patches, engine: Engine) -> None:
         return forward
 
     def wrap_topk(original):
-        def topk_routing_with_score_function(*args, **kwargs):
-            probs, routing_map = original(*args, **kwargs)
-            if forwards:
-                forwards[-1].selection = routing_map
+        def topk_routing_with_score_function(logits, *args, **kwargs):
+            if not forwards:
+                return original(logits, *args, **kwargs)
+            forward = forwards[-1]
+            known = scores.known(forward.score_function, logits.dtype)
+            logits = engine.before_selection(forward, logits, forward.score_function if known else None)
+            probs, routing_map = original(logits, *args, **kwargs)
+            forward.selection = _require_map(routing_map, probs)
             return probs, routing_map
 
         return topk_routing_with_score_function
 
     def wrap_scores(original):
         def compute_routing_scores_for_aux_loss(logits, topk, score_function, fused=False, padding_mask=None, **kwargs):
-            if forwards and forwards[-1].replaces and forwards[-1].loss.alone:
-                scores = scores_only(logits, score_function, fused, padding_mask)
-                if scores is not None:
-                    return forwards[-1].selection, scores
+            forward = forwards[-1] if forwards else None
+            if forward is not None and forward.attached is not None:
+                return forward.selection, None  # nobody needs them: the loss is on the logits already
+            if forward is not None and forward.replaces and forward.loss.alone:
+                own = scores.scores_only(logits, score_function, padding_mask)
+                if own is not None:
+                    return forward.selection, own
             if padding_mask is not None:  # a parameter since 0.16
                 kwargs["padding_mask"] = padding_mask
             return original(logits, topk, score_function, fused=fused, **kwargs)
@@ -105,6 +115,22 @@ def install(patches: Patches, engine: Engine) -> None:
     for kind, method in LOSS_METHODS.items():
         if kind == "aux_loss" or compatibility.has_global_aux_loss():
             patches.wrap(ROUTER, f"TopKRouter.{method}", wrap_loss(kind))
+
+
+def _require_map(routing_map, probs: Tensor) -> Tensor:
+    """The selection, if it is one that can be counted.
+
+    Raises:
+        UnsupportedMegatron: it is something else (a fused kernel of another release, a replaced function).
+    """
+    if isinstance(routing_map, Tensor) and routing_map.dtype is torch.bool and routing_map.shape == probs.shape:
+        return routing_map
+    found = f"{routing_map.dtype} {list(routing_map.shape)}" if isinstance(routing_map, Tensor) else type(routing_map).__name__
+    raise UnsupportedMegatron(
+        f"{ROUTER}.topk_routing_with_score_function gave the selection as {found} beside probabilities {list(probs.shape)}; "
+        f"allowed: torch.bool of the probabilities' shape, as in Megatron-Core {SUPPORTED}; without --moe-router-fusion if it "
+        "comes from Transformer Engine's kernel"
+    )
 
 
 def _loss(router) -> RouterLoss | None:

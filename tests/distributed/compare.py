@@ -11,6 +11,8 @@ from core_cases import masks_of_release
 from layout import Layout
 from truth import Problem
 
+from megatron_global_lbl.core.fused.choice import FUSED
+
 RELATIVE_ERROR = 1e-5
 DATA_PARALLEL = Layout()
 # Low-precision activations, f exact.
@@ -27,14 +29,22 @@ def register_arguments(problem: Problem) -> dict:
     return arguments
 
 
-def run_ranks(workers, problem: Problem, layout: Layout, register: dict | None, **extra) -> list[dict]:
+def run_ranks(workers, problem: Problem, layout: Layout, register: dict | None, fused: bool = False, **extra) -> list[dict]:
     """What `harness.run` returns, of every rank."""
     problem = dataclasses.replace(problem, pipeline=(layout.pp, layout.chunks))
-    return workers.run(harness.run, layout.world_size(problem), problem, layout, register, extra)
+    run = harness.run_fused if fused else harness.run
+    return workers.run(run, layout.world_size(problem), problem, layout, register, extra)
 
 
 def check(
-    workers, problem: Problem, layout: Layout = DATA_PARALLEL, *, sync: str = "overlap", without: dict | None = None, **extra
+    workers,
+    problem: Problem,
+    layout: Layout = DATA_PARALLEL,
+    *,
+    sync: str = "overlap",
+    without: dict | None = None,
+    fused: bool = False,
+    **extra,
 ):
     """Every layer's gradients on every rank, every step, against the truth.
 
@@ -43,14 +53,18 @@ def check(
         layout: how.
         sync: `--moe-lbl-sync`.
         without: fields of TransformerConfig for a run of Megatron alone whose gradient is subtracted: its own other losses.
+        fused: every loss has to be computed by the Triton kernels.
         extra: more fields of TransformerConfig.
     """
     masks = masks_of_release(problem, layout)
     problem = dataclasses.replace(problem, pipeline=(layout.pp, layout.chunks), masks=masks)
-    ranks = run_ranks(workers, problem, layout, register_arguments(problem) | {"sync": sync}, **extra)
+    ranks = run_ranks(workers, problem, layout, register_arguments(problem) | {"sync": sync}, fused, **extra)
     low_precision = problem.dtype != "float32"
     expected = truth.gradients(problem, assembled_selections(problem, ranks) if low_precision else None)
     baseline = None if without is None else run_ranks(workers, problem, layout, None, **{**extra, **without})
+    if fused:
+        paths = {path for rank in ranks for path in rank["loss_paths"].values()}
+        assert paths == {FUSED}, f"not all computed by the kernels: {paths}"
     compared = overflowed = 0
     for rank, result in enumerate(ranks):
         for step, by_layer in enumerate(result["grads"]):

@@ -6,6 +6,7 @@ Every rank returns the `main_grad` of its layers, step by step, and what its rou
 from __future__ import annotations
 
 import math
+import os
 from functools import partial
 from typing import Any
 
@@ -27,6 +28,7 @@ def run(problem: Problem, layout: Layout, register: dict[str, Any] | None, extra
     Returns:
         {"grads": [step] {layer number: (W, router) main_grad, None where there is no such parameter},
          "hooked": [...],
+         "loss_paths": {layer: ...} as the handle says,
          "place": (data-parallel rank, part of the sequence, parts),
          "selections": [step] {layer number: [micro-batch] [rows, B, E] bool}}
     """
@@ -35,7 +37,16 @@ def run(problem: Problem, layout: Layout, register: dict[str, Any] | None, extra
     if register is None:
         return {**_train(problem, layout, extra or {}), "hooked": []}
     with lbl.registered(**register) as handle:
-        return {**_train(problem, layout, extra or {}), "hooked": handle.hooked}
+        return {**_train(problem, layout, extra or {}), "hooked": handle.hooked, "loss_paths": handle.loss_paths}
+
+
+def run_fused(*arguments):
+    """`run` with the loss computed by the Triton kernels, which Triton's interpreter runs where there is no GPU."""
+    os.environ["MEGATRON_GLOBAL_LBL_FUSED"] = "1"
+    try:
+        return run(*arguments)
+    finally:
+        del os.environ["MEGATRON_GLOBAL_LBL_FUSED"]
 
 
 def build(problem: Problem, layout: Layout, extra: dict[str, Any]):

@@ -99,6 +99,8 @@ def _serve(pipe, device: str, backend: str, index: int) -> None:
     logging.disable(logging.WARNING)
     warnings.simplefilter("ignore")
     if device == "cpu":
+        # Before anything imports Triton: so that a case can run the kernels (MEGATRON_GLOBAL_LBL_FUSED=1).
+        os.environ["TRITON_INTERPRET"] = "1"
         import megatron_cpu
 
         megatron_cpu.install()
