@@ -103,8 +103,12 @@ def packed_frame(values: Mapping[str, np.ndarray], **fields: float) -> bytes:
     return _with_crc(frame.tobytes())
 
 
-def scan(path: Path) -> Scan:
+def scan(path: Path, known: Scan | None = None) -> Scan:
     """Read NAME.balance, all of it checked.
+
+    Args:
+        path: the file.
+        known: an earlier scan of it; what was whole then is not read again, since files only grow.
 
     Raises:
         RecordError: it is something else, or broken elsewhere than at its end.
@@ -116,6 +120,11 @@ def scan(path: Path) -> Scan:
         raise RecordError(f"{path}: not a balance record (byte 0)")
     segments: list[Segment] = []
     end = 0
+    if known is not None and known.segments and known.end <= size and _begins_as(data, known):
+        *segments, last = known.segments
+        frames = _frames_at(data, known.end, last.frames.dtype)
+        segments.append(Segment(last.header, np.concatenate([last.frames, frames]) if len(frames) else last.frames))
+        end = known.end + frames.nbytes
     while (found := _header_at(data, end)) is not None:
         header, frames_at = found
         if header.get("format") != FORMAT:
@@ -144,6 +153,12 @@ def _header_at(data: np.ndarray, at: int) -> tuple[dict[str, Any], int] | None:
     if end > len(data) or not _is_whole(data[at:end]):
         return None
     return json.loads(data[at + _PREFIX.itemsize : end].tobytes()), end
+
+
+def _begins_as(data: np.ndarray, known: Scan) -> bool:
+    """Whether it is still the file that was scanned: a header says when its training was started."""
+    found = _header_at(data, 0)
+    return found is not None and found[0] == known.segments[0].header
 
 
 def _frames_at(data: np.ndarray, at: int, dtype: np.dtype) -> np.ndarray:

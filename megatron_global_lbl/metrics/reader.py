@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_global_lbl.metrics.frames import LOAD, METRICS, RecordError, Segment, load_bytes, loads_of, scan
+from megatron_global_lbl.metrics.frames import LOAD, METRICS, RecordError, Scan, Segment, load_bytes, loads_of, scan
 
 __all__ = ["RecordError", "Run", "read"]
 
@@ -110,8 +110,12 @@ class Run:
         return loads
 
 
-def read(directory: str | Path) -> list[Run]:
+def read(directory: str | Path, *, scans: dict[Path, Scan] | None = None) -> list[Run]:
     """The runs of a directory, one per model.
+
+    Args:
+        directory: of the record.
+        scans: for who reads again and again: filled by the first call, so that the next ones read only what is new.
 
     Raises:
         RecordError: there is no record, or a file of it is broken elsewhere than at its end.
@@ -124,7 +128,9 @@ def read(directory: str | Path) -> list[Run]:
     notes: dict[str, list[str]] = {}
     paths = sorted(directory.glob("*.balance"))
     for path in paths:
-        found = scan(path)
+        found = scan(path, scans.get(path) if scans is not None else None)
+        if scans is not None:
+            scans[path] = found
         model = path.name.split(".")[0]
         if found.torn:
             notes.setdefault(model, []).append(f"{path.name}: the last {found.torn} bytes are not whole and were left out")

@@ -1,4 +1,4 @@
-"""Looks at a record again and again: it is read only when its files have changed."""
+"""Looks at a record again and again: only when its files have changed, and then only at what is new."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from rich.live import Live
 from rich.text import Text
 
 from megatron_global_lbl.metrics.alarms import Alarm, alarms
+from megatron_global_lbl.metrics.frames import Scan
 from megatron_global_lbl.metrics.reader import Run, read
 from megatron_global_lbl.report.terminal import view
 
@@ -24,6 +25,7 @@ class Watched:
     def __init__(self, directory: str | Path) -> None:
         self._directory = Path(directory)
         self._seen: object = None
+        self._scans: dict[Path, Scan] = {}
         self.runs: list[tuple[Run, list[Alarm]]] = []
 
     def refresh(self) -> bool:
@@ -35,7 +37,7 @@ class Watched:
         seen = sorted((str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in self._directory.glob("*.balance"))
         if seen == self._seen and self.runs:
             return False
-        self.runs = [(run, alarms(run)) for run in read(self._directory)]
+        self.runs = [(run, alarms(run)) for run in read(self._directory, scans=self._scans)]
         self._seen = seen
         return True
 

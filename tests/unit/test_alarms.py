@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from synthetic_record import even, record
 
+from megatron_global_lbl.metrics.alarm_log import AlarmLog
 from megatron_global_lbl.metrics.alarms import alarms, max_vio_limit
 
 
@@ -126,3 +127,29 @@ def test_balance_bsz(tmp_path):
 )
 def test_a_scope_that_does_nothing(tmp_path, about, cause):
     assert list(found(record(tmp_path, even(20), **about))) == ([cause] if cause else [])
+
+
+def test_the_log_says_each_cause_once(tmp_path):
+    """When it begins, and again neither in the next interval nor after a way back to a checkpoint."""
+    load = swinging(320, 40)
+    load[50:, 1, 5] = 0
+    log = AlarmLog(["2", "3", "4"], 16, first_stage=True)
+    about = {"scope": "window", "topk": 2}
+    said = {}
+
+    def train(first, last):
+        for number in range(first, last + 1):
+            load_LE = load[number - 1]
+            values = {"dead": (load_LE == 0).sum(axis=1), "max_vio": load_LE.max(axis=1) - 1}
+            interval = {"iteration": 10 * number, "steps": 10, "values": values, "load": load_LE, "sequences": 256 - number}
+            for line in log.add(about, **interval):
+                said.setdefault(line, []).append(number)
+
+    train(1, 70)
+    assert list(said.values()) == [[60]]
+    (line,) = said
+    assert line.startswith("!! 1 expert of layer 3 (number 5) took no token") and "since iteration 501. Do: a larger" in line
+    train(61, 320)
+    assert [line[:14] for line in said] == ["!! 1 expert of", "!! The load of", "!! Balance BSZ"]
+    # It looks for swings every 32 intervals, and 10 were run again: in its 160th it has 150, enough to tell.
+    assert list(said.values())[1:] == [[150], [225]]

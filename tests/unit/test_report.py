@@ -17,6 +17,7 @@ from rich.console import Console
 from synthetic_record import even, write
 
 from megatron_global_lbl.command import main
+from megatron_global_lbl.metrics import frames
 from megatron_global_lbl.metrics.reader import read
 from megatron_global_lbl.report import watch
 from megatron_global_lbl.report.series import binned, edges, over_layers
@@ -158,13 +159,41 @@ def test_watch_says_whether_it_is_healthy(tmp_path, capsys):
 
 
 def test_watch_reads_only_what_is_new(tmp_path, monkeypatch):
-    reads = []
-    monkeypatch.setattr(watch, "read", lambda directory: reads.append(directory) or read(directory))
+    """Frames that are checked: all at first, none while nothing changes, then the new ones; with the same result."""
+    checked = []
+
+    def frames_at(*arguments, frames_at=frames._frames_at):
+        found = frames_at(*arguments)
+        checked.append(len(found))
+        return found
+
     watched = watch.Watched(write(tmp_path, even(20)))
-    assert watched.refresh() and not watched.refresh() and len(reads) == 1
-    write(tmp_path, even(30))  # a restart that goes on with a later iteration
-    assert watched.refresh() and len(reads) == 2
-    assert watched.runs[0][0].iterations[-1] == 300
+    monkeypatch.setattr(frames, "_frames_at", frames_at)
+    assert watched.refresh() and sum(checked) == 20
+    assert not watched.refresh() and sum(checked) == 20
+    write(tmp_path, even(23))  # a training from the start, which makes void what there was
+    checked.clear()  # the writer looks, too
+    file = next(tmp_path.glob("*.balance"))
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-5])  # while it is being written
+    assert watched.refresh() and sum(checked) == 22
+    file.write_bytes(whole)
+    assert watched.refresh() and sum(checked) == 23
+    (seen, _), (fresh,) = watched.runs[0], read(tmp_path)
+    assert seen.iterations.tolist() == fresh.iterations.tolist() == list(range(10, 240, 10))
+    assert seen.metrics["max_vio"].tolist() == fresh.metrics["max_vio"].tolist()
+    assert (seen.load([0, 22]) == fresh.load([0, 22])).all()
+
+
+def test_watch_sees_another_record_in_its_place(tmp_path):
+    """Longer than the one that was deleted, so that the size does not tell."""
+    watched = watch.Watched(write(tmp_path, even(20)))
+    watched.refresh()
+    empty(tmp_path)
+    load = even(30)
+    write(tmp_path, load)
+    watched.refresh()
+    assert np.allclose(watched.runs[0][0].metrics["max_vio"], load.max(axis=-1) - 1)
 
 
 def test_few_rows_show_the_worst(tmp_path):
