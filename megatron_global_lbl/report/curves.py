@@ -133,7 +133,7 @@ def _legend(drawn: Figure) -> None:
     """Above the curves: never over one of them."""
     handles, labels = drawn.axes[0].get_legend_handles_labels()
     if handles:
-        fits = 75 // (max(map(len, labels)) + 8)  # characters across the picture
+        fits = 66 // (max(map(len, labels)) + 8)  # characters across the picture
         columns = max(1, min(len(labels), fits))
         drawn.legend(handles, labels, loc="outside upper left", ncols=columns, borderpad=0, columnspacing=1.4)
 
@@ -173,7 +173,7 @@ def _scale(axes: Axes, curves: list[np.ndarray], floor: float | None) -> None:
     axes.ticklabel_format(axis="y", useOffset=False)
     if cut:
         text = f"start cut off, {'up' if cut[0] == all_high else 'down'} to {cut[0]:.3g}"
-        axes.set_title(text, loc="left", fontsize=8, color=QUIET, pad=4)
+        axes.set_title(text, loc="left", fontsize=9, color=QUIET, pad=4)
 
 
 def _range(values: np.ndarray) -> tuple[float, float]:

@@ -64,7 +64,7 @@ def _experts(load_LE: np.ndarray, layers: list[str]) -> Figure:
     shown_LEC[load_LE == 0] = to_rgba(DEAD)
     shown_LEC[np.isnan(load_LE)] = to_rgba(UNKNOWN)
     drawn, axes = _rows(shown_LEC, layers, width=3.6)
-    axes.set_xlabel(f"{load_LE.shape[1]} experts, the fullest of each layer on the right")
+    axes.set_xlabel(f"{load_LE.shape[1]} experts, the fullest on the right", fontsize=9)
     axes.set_xticks([])
     _scale(drawn, axes, norm, LOADS, [0.25, 0.5, 1, 2, 4], ["1/4", "1/2", "even", "2x", "4x"])
     return drawn
@@ -123,7 +123,7 @@ def _scale(
     bar = drawn.colorbar(ScalarMappable(norm, colours), ax=axes, location="top", aspect=40, shrink=0.75, pad=0.02)
     if ticks is not None:
         bar.set_ticks(ticks, labels=names)
-    bar.ax.tick_params(length=0, labelsize=8, colors=QUIET)
+    bar.ax.tick_params(length=0, labelsize=9, colors=QUIET)
     bar.ax.minorticks_off()
     bar.outline.set_visible(False)  # type: ignore[operator]
 

@@ -11,6 +11,7 @@ from importlib import resources
 from pathlib import Path
 
 import jinja2
+from markupsafe import Markup, escape
 
 from megatron_global_lbl.metrics.alarms import Alarm, alarms
 from megatron_global_lbl.metrics.reader import Run, read
@@ -18,6 +19,7 @@ from megatron_global_lbl.report import curves, facts, loads
 from megatron_global_lbl.report.style import Picture, styled
 
 PAGE = "report.html"
+_FLAG = r'<span class="flag">\g<0></span>'  # is not broken at its hyphens
 
 
 @dataclass(frozen=True)
@@ -120,5 +122,6 @@ def _template() -> jinja2.Template:
     # Names of directories and notes are other people's words: escaped, and a name that the template gets wrong is an error.
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters["data"] = lambda picture: "data:image/png;base64," + base64.b64encode(picture.png).decode()
+    environment.filters["flags"] = lambda text: Markup(re.sub(r"--[a-z][a-z-]*", _FLAG, str(escape(text))))
     source = resources.files("megatron_global_lbl.report").joinpath("page.html").read_text(encoding="utf-8")
     return environment.from_string(source)

@@ -29,7 +29,7 @@ DEAD, UNKNOWN = "#000000", "#ffffff"
 DPI = 200
 SETTINGS: Any = {
     "font.family": "DejaVu Sans",
-    "font.size": 9,
+    "font.size": 10,
     "text.color": INK,
     "axes.labelcolor": QUIET,
     "axes.edgecolor": "#999999",
@@ -46,12 +46,11 @@ SETTINGS: Any = {
     "xtick.major.size": 3,
     "ytick.major.size": 0,
     "legend.frameon": False,
-    "legend.fontsize": 8.5,
+    "legend.fontsize": 9.5,
     "legend.handlelength": 1.6,
     "lines.linewidth": 1.6,
     "lines.solid_capstyle": "round",
     "figure.facecolor": "white",
-    "svg.fonttype": "none",
 }
 
 

@@ -74,6 +74,7 @@ def test_wheel_holds_the_package_and_the_patches(built):
     patches = {f"megatron_global_lbl/patches/{file.name}" for file in (ROOT / "patches").glob("*.patch")}
     assert patches and patches <= found
     assert {"megatron_global_lbl/patches/checksums.json", "megatron_global_lbl/py.typed"} <= found
+    assert "megatron_global_lbl/report/page.html" in found
     # A top-level package `tests` or `examples` would be installed over everybody else's.
     assert all(name.startswith("megatron_") for name in found), found
 
