@@ -31,23 +31,18 @@ def test_dead_experts(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "dead",
+    "dead, steps, causes",
     [
-        pytest.param(slice(20, 50), id="came and went"),
-        pytest.param(slice(51, 60), id="nine intervals"),
+        pytest.param(slice(20, 50), 10, [], id="came and went"),
+        pytest.param(slice(51, 60), 100, [], id="nine intervals"),
+        pytest.param(slice(50, 60), 9, [], id="ninety steps"),
+        pytest.param(slice(50, 60), 10, ["dead_experts"], id="long enough"),
     ],
 )
-def test_experts_that_are_not_dead(tmp_path, dead):
+def test_how_long_experts_have_to_be_dead(tmp_path, dead, steps, causes):
     load = even(60)
     load[dead, 1, 5] = 0
-    assert alarms(record(tmp_path, load)) == []
-
-
-def test_nine_times_ten_steps_are_too_few_but_so_are_ten_times_nine(tmp_path):
-    load = even(60)
-    load[50:, 1, 5] = 0
-    assert alarms(record(tmp_path / "a", load, steps=9)) == []
-    assert list(found(record(tmp_path / "b", load, steps=10))) == ["dead_experts"]
+    assert list(found(record(tmp_path, load, steps=steps))) == causes
 
 
 def test_another_expert_each_time_is_not_dead(tmp_path):
