@@ -25,7 +25,10 @@ def train_captured(problem: Problem, register: dict, on_gpu: bool = False) -> di
 
     with lbl.registered(**register) as handle:
         forget_logged_losses()
-        _, (wrapped,), (chunk,) = harness.build(problem, Layout(), {})
+        with _on_side_stream(
+            on_gpu
+        ):  # as Megatron wraps in DDP: a graph cannot hold gradients that accumulate on the legacy stream
+            _, (wrapped,), (chunk,) = harness.build(problem, Layout(), {})
         block, rank = chunk.blocks[0], torch.distributed.get_rank()
         MoEAuxLossAutoScaler.set_loss_scale(torch.tensor([1.0 / problem.micro_batches]).cuda())
         static = inputs(problem, 0)[0][0, rank].clone().cuda()
@@ -122,7 +125,7 @@ class _CudaGraph:
 
 
 class _on_side_stream:
-    """Warm-up as PyTorch asks for it before a capture."""
+    """As PyTorch asks for it of a model, and of its warm-up before a capture."""
 
     def __init__(self, on_gpu: bool) -> None:
         self._stream = torch.cuda.Stream()
