@@ -38,7 +38,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the plugin, when
 from launches import GpuWork, KeptBytes, Launches, Op, kernels_on_gpu
 from models import MODELS
 from report import machine, table
-from routers import BASELINE, VARIANTS, build, end_of_step, micro_batch, start, stop
+from routers import BASELINE, DEFAULT_VARIANTS, VARIANTS, build, end_of_step, micro_batch, start, stop
 
 WARM_UP_STEPS = 2
 LAYERS = 8  # the plugin ends a step for all layers at once
@@ -299,9 +299,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cpu", action="store_true", help="run on the CPU: counts and host times")
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
-    parser.add_argument(
-        "--losses", nargs="+", choices=VARIANTS, metavar="LOSS", default=[name for name in VARIANTS if "blocking" not in name]
-    )
+    parser.add_argument("--losses", nargs="+", choices=VARIANTS, metavar="LOSS", default=DEFAULT_VARIANTS)
     parser.add_argument("--tokens", nargs="+", type=int, default=[4096, 16384, 65536], help="per micro-batch, for GPU times")
     parser.add_argument("--router-dtype", choices=["fp32", "model"], default="fp32", help="Megatron's --moe-router-dtype")
     parser.add_argument("--rounds", type=int, default=20, help="timed rounds per loss")

@@ -24,18 +24,21 @@ class Variant:
     Attributes:
         upstream: Megatron's `--moe-router-load-balancing-type`.
         register: arguments of `megatron_global_lbl.register`; None for Megatron alone.
+        plain: never by the Triton kernels, which a GPU would run.
     """
 
     upstream: str
     register: tuple[tuple[str, str], ...] | None = None
+    plain: bool = False
 
     @contextmanager
     def active(self) -> Iterator[Any]:
         """Megatron with this loss while inside; gives the registration's handle, if there is one."""
         import megatron_global_lbl as lbl
 
-        with lbl.registered(**dict(self.register)) if self.register else nullcontext() as handle:
-            yield handle
+        with plain_path() if self.plain else nullcontext():
+            with lbl.registered(**dict(self.register)) if self.register else nullcontext() as handle:
+                yield handle
 
     def choose(self, model: list[torch.nn.Module]) -> None:
         """Let the routers of a model use Megatron's side of this loss; the model was built with both `aux_loss` and
@@ -47,6 +50,20 @@ class Variant:
             router.config.moe_aux_loss_coeff = COEFF
 
 
+@contextmanager
+def plain_path() -> Iterator[None]:
+    """What is registered while inside computes the loss in PyTorch."""
+    before = os.environ.get(FUSED_VARIABLE)
+    os.environ[FUSED_VARIABLE] = "0"
+    try:
+        yield
+    finally:
+        del os.environ[FUSED_VARIABLE]
+        if before is not None:
+            os.environ[FUSED_VARIABLE] = before
+
+
+FUSED_VARIABLE = "MEGATRON_GLOBAL_LBL_FUSED"
 VARIANTS = {
     "none": Variant("none"),
     "aux_loss": Variant("aux_loss"),
@@ -56,7 +73,12 @@ VARIANTS = {
     "dp blocking": Variant("aux_loss", (("scope", "dp"), ("sync", "blocking"))),
     "global blocking": Variant("aux_loss", (("scope", "global"), ("sync", "blocking"))),
     "window": Variant("aux_loss", (("scope", "window"),)),
+    # The others are these on a machine without a GPU.
+    "dp plain": Variant("aux_loss", (("scope", "dp"),), plain=True),
+    "global plain": Variant("aux_loss", (("scope", "global"),), plain=True),
+    "window plain": Variant("aux_loss", (("scope", "window"),), plain=True),
 }
+DEFAULT_VARIANTS = [name for name in VARIANTS if "blocking" not in name and "plain" not in name]
 BASELINE = "none"
 COEFF = 1e-2
 

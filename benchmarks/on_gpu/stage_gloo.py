@@ -37,6 +37,8 @@ def cases(quick: bool):
         for scope in SCOPES:
             yield f"{name}, {scope}", Problem(scope, dp, 4, 3, window_steps=2, masks="uneven"), layout
     for scope in SCOPES:
+        yield f"plain path, dp4, {scope}", Problem(scope, 4, 4, 3, window_steps=2, masks="uneven"), Layout()
+    for scope in SCOPES:
         options = {"dtype": "bfloat16", "hidden": 64, "seq": 64, "batch": 4, "masks": "uneven"}
         yield f"dp4 bf16, {scope}", Problem(scope, 4, 3, 2, **options), Layout()
 
@@ -45,6 +47,7 @@ def main() -> None:
     stage = Stage("gloo")
     from compare import check
     from gloo_on_gpu import STAGED
+    from plain_path import PlainPool
     from workers import Pool
 
     stage.data["staged through the host"] = STAGED
@@ -56,8 +59,9 @@ def main() -> None:
                 stage.skip(name, "the workers had to be started again too often" if restarts > RESTARTS else "no time left")
                 continue
             extra = {"router_dtype": "fp32"} if problem.dtype == "bfloat16" else {}
+            plain = name.startswith("plain path")
             with stage.check(name) as entry:
-                check(pool, problem, layout, **extra)
+                check(PlainPool(pool) if plain else pool, problem, layout, fused=not (plain or stage.cpu), **extra)
             if "CUDA error" in entry["detail"]:  # after one a process is of no use
                 pool.close()
             restarts += not pool.alive

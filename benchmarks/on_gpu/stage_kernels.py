@@ -20,6 +20,7 @@ from routers import BASELINE, VARIANTS, build, end_of_step, micro_batch, start, 
 
 TOKENS = (4096, 16384, 65536)
 REPLAYS = 10
+LOSS_PATHS: dict[str, str] = {}  # how each loss was computed, as the registration says
 SECONDS_OF_A_ROW = 15  # no row is begun with less left
 
 
@@ -47,11 +48,13 @@ def times_of_replay(model: str, variants: Sequence[str], *, tokens: int, rounds:
             end.record()
             end.synchronize()
             seconds[name].append(begin.elapsed_time(end) * 1000 / REPLAYS)
+    for name, (_, of_layers, *_) in graphs.items():
+        LOSS_PATHS[name] = ", ".join(sorted(set(of_layers.values())))
     return found | {name: statistics.median(times) for name, times in seconds.items()}
 
 
 def _captured(name: str, router: torch.nn.Module, hidden: torch.Tensor, gradient: torch.Tensor) -> tuple:
-    """(graph, what has to live as long: the registration's tensors, in which the replays count)."""
+    """(graph, path of each layer, what has to live as long: the registration's tensors, in which the replays count)."""
 
     def both():
         probs, _ = router(hidden)
@@ -69,8 +72,9 @@ def _captured(name: str, router: torch.nn.Module, hidden: torch.Tensor, gradient
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             gradients = both()
+        of_layers = {} if handle is None else handle.loss_paths
         end_of_step(router)
-    return graph, gradients, router, handle, getattr(handle, "_engine", None)
+    return graph, of_layers, gradients, router, handle, getattr(handle, "_engine", None)
 
 
 def rows_of(times: dict, replay: dict) -> list[dict]:
@@ -121,7 +125,13 @@ def main() -> None:
                 times = router_cost.time_on_gpu(model, names, tokens=tokens, router_dtype="fp32", rounds=rounds)
                 replay = {} if stage.cpu else times_of_replay(model, names, tokens=tokens, rounds=rounds)
                 stage.data["sizes"].append({"model": model, "tokens": tokens, "rows": rows_of(times, replay)})
+                stage.data["how each loss was computed"] = LOSS_PATHS
             torch.cuda.empty_cache()
+    if not stage.cpu:
+        with stage.check("the Triton kernels computed what they should, and nothing else"):
+            for name, path in LOSS_PATHS.items():
+                if VARIANTS[name].register:
+                    assert path.startswith("plain" if VARIANTS[name].plain else "fused"), f"{name}: {path}"
     _check_launches(stage)
     stop()
 

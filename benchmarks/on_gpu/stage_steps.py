@@ -86,7 +86,7 @@ def measure(stage: Stage) -> None:
     _, model = build(shape)
     place = {"dtype": torch.bfloat16, "device": device_of_tensors()}
     batches = [torch.randn(shape.tokens, 1, shape.hidden, **place) for _ in range(MICRO_BATCHES)]
-    names = [name for name in VARIANTS if name != "none"] + [CONTROL]
+    names = [name for name, variant in VARIANTS.items() if name != "none" and not variant.plain] + [CONTROL]
     delays = DELAYS[:1] + DELAYS[2:3] if stage.quick else DELAYS
     stage.data["model"] = vars(shape) | {"micro-batches": MICRO_BATCHES, "timed steps per visit": STEPS}
     latency = Latency()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import platform
+import shutil
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
 
@@ -23,6 +25,7 @@ def main() -> None:
             found[package] = version(package)
         except PackageNotFoundError:
             found[package] = "there, without a version" if importlib.util.find_spec(package.replace("-", "_")) else "none"
+    found["C compiler (Triton needs one)"] = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang") or "none"
     stage.data["versions"] = found
     stage.save()
     with stage.check("a supported Megatron-Core"):

@@ -109,7 +109,8 @@ def _kernels(data: dict[str, Any]) -> list[str]:
         f"bf16 model, router dtype {data.get('router_dtype')}. What each loss adds to the router without one (its row: "
         "everything). Kernels and their times from torch.profiler; the others between CUDA events, medians of "
         f"{data.get('rounds')} interleaved rounds. Forward and backward between events contain the host's launching; the "
-        "replay of a CUDA graph of both does not."
+        "replay of a CUDA graph of both does not.",
+        "\n".join(f"- {name}: {path}" for name, path in data.get("how each loss was computed", {}).items() if path),
     ]
     for size in data.get("sizes", []):
         rows, not_captured = [], []
