@@ -78,18 +78,20 @@ def dead_experts(run: Run) -> Alarm | None:
     if not worst:
         return None
     layer = worst[0]
-    recent = np.arange(max(start_L[layer], len(dead_NL) - LASTING_INTERVALS), len(dead_NL))
-    experts = np.flatnonzero((run.load(recent)[:, layer] == 0).all(axis=0))
-    if len(experts) == 0:  # others at other times: none of them is dead
+    recent = np.arange(len(dead_NL) - LASTING_INTERVALS, len(dead_NL))
+    load_NE = run.load(recent)[:, layer]
+    experts = np.flatnonzero((load_NE == 0).all(axis=0))
+    if len(experts) == 0 and np.isfinite(load_NE).all():  # others at other times: none of them is dead
         return None
-    names = ", ".join(map(str, experts[:8])) + (", ..." if len(experts) > 8 else "")
+    number = len(experts) or int(dead_NL[-1, layer])
+    named = f" (number {', '.join(map(str, experts[:8]))}{', ...' if len(experts) > 8 else ''})" if len(experts) else ""
+    start = since(run, start_L[layer])
     return Alarm(
         "dead_experts",
-        f"{counted(len(experts), 'expert')} of layer {run.layers[layer]} (number {names}) took no token in the last "
-        f"{counted(len(recent), 'interval')}; the layer has had dead experts since iteration {since(run, start_L[layer])}"
-        + others(run, worst),
+        f"{counted(number, 'expert')} of layer {run.layers[layer]}{named} took no token in the last {LASTING_INTERVALS} "
+        f"intervals; the layer has had dead experts since iteration {start}" + others(run, worst),
         "a larger --moe-aux-loss-coeff, or --moe-lbl-micro-coeff; --moe-router-dtype fp32; a resume from before that iteration",
-        since(run, start_L[layer]),
+        start,
         tuple(run.layers[i] for i in worst),
     )
 

@@ -39,7 +39,9 @@ def swings(load_NLE: np.ndarray) -> list[Swing | None]:
 def autocorrelation(load_NE: np.ndarray) -> tuple[np.ndarray, float]:
     """Of the experts' loads without their linear trend, experts that vary more weigh more; lags 0 to N/8, and their size."""
     count = len(load_NE)
-    load_NE = load_NE[:, np.isfinite(load_NE).all(axis=0)].astype(np.float64)
+    known_NE = np.isfinite(load_NE)
+    mean_E = np.where(known_NE, load_NE, 0).sum(axis=0) / np.maximum(known_NE.sum(axis=0), 1)
+    load_NE = np.where(known_NE, load_NE, mean_E)[:, known_NE.any(axis=0)].astype(np.float64)
     time_N = np.linspace(-1, 1, count)
     load_NE = load_NE - load_NE.mean(axis=0)
     load_NE -= np.outer(time_N, time_N @ load_NE / (time_N @ time_N))

@@ -54,7 +54,7 @@ def write_report(directories: Sequence[str | Path], out: str | Path | None = Non
     runs = [run for directory in directories for run in read(directory)]
     out = Path(directories[0]) / "report" if out is None else Path(out)
     with styled():
-        sections = [_section(run, label) for run, label in zip(runs, _labels(runs))]
+        sections = [_section(run, label) for run, label in zip(runs, labels(runs))]
         compared = _comparison(list(zip([section.label for section in sections], runs))) if len(runs) > 1 else []
     html = _template().render(
         sections=sections,
@@ -95,14 +95,14 @@ def _comparison(runs: list[tuple[str, Run]]) -> list[Picture]:
     ]
 
 
-def _labels(runs: list[Run]) -> list[str]:
+def labels(runs: list[Run]) -> list[str]:
     """Names that differ: with more of the path where two directories are called alike."""
-    labels = [run.name for run in runs]
-    if len(set(labels)) < len(labels):
-        paths = [run.directory.resolve() for run in runs]
+    names = [run.name for run in runs]
+    paths = [run.directory.resolve() for run in runs]
+    if len(set(names)) < len(names) and len(set(paths)) > 1:
         common = Path(os.path.commonpath(paths))
-        labels = [f"{path.relative_to(common)}{run.name.removeprefix(path.name)}" for run, path in zip(runs, paths)]
-    return [label if labels.count(label) == 1 else f"{label} ({i})" for i, label in enumerate(labels, 1)]
+        names = [f"{path.relative_to(common)}{run.name.removeprefix(path.name)}" for run, path in zip(runs, paths)]
+    return [name if names.count(name) == 1 else f"{name} ({i})" for i, name in enumerate(names, 1)]
 
 
 def _slug(label: str) -> str:

@@ -67,7 +67,7 @@ def live(directory: str | Path, console: Console, seconds: float) -> int:
     try:
         with Live(console=console, auto_refresh=False, screen=True) as screen:
             while True:
-                alarm_lines = sum(2 * len(found) + len(run.notes) for run, found in watched.runs)
+                alarm_lines = sum(4 * len(found) + len(run.notes) for run, found in watched.runs)
                 rows = (console.height - alarm_lines) // len(watched.runs) - OTHER_LINES
                 shown = [view(run, found, rows=max(3, rows)) for run, found in watched.runs]
                 footer = Text(f"{time.strftime('%H:%M:%S')}, every {seconds:g} s; Ctrl-C ends", style="dim")

@@ -18,7 +18,7 @@ def page(tmp_path_factory):
     """Two runs of two layers, one with a long name and an alarm."""
     folder = tmp_path_factory.mktemp("report")
     random = numpy.random.default_rng(0)
-    directories = [folder / "a", folder / ("a-name-of-a-run-without-a-space-" * 4)]
+    directories = [folder / "a", folder / ("a_name_of_a_run_without_a_place_to_break_it_" * 4)]
     for directory, sequences in zip(directories, (256, 4)):
         about = {"scope": "global", "topk": 2, "settings": {"scope": "global"}, "versions": {"torch": "2.13.0"}}
         writer = Writer(directory, layers=["1", "mtp.1"], num_experts=8, about=about)

@@ -51,6 +51,16 @@ def test_another_expert_each_time_is_not_dead(tmp_path):
     assert alarms(record(tmp_path, load)) == []
 
 
+def test_dead_experts_without_the_file_of_loads(tmp_path):
+    """Their number is known, their names are not."""
+    load = even(60)
+    load[40:, 1, [5, 9]] = 0
+    run = record(tmp_path, load)
+    next(tmp_path.glob("*.loads")).unlink()
+    (alarm,) = alarms(run)
+    assert alarm.finding.startswith("2 experts of layer 3 took no token")
+
+
 def test_max_vio(tmp_path):
     """With 16 experts and top-2 at most 7 is possible, so the limit is 3.5; the other layers stay below."""
     load = even(60)
@@ -79,6 +89,7 @@ def test_swing(tmp_path):
     """Three windows of 256 intervals; in the first it does not swing."""
     load = swinging(3 * 256, 40)
     load[:256] = even(256)
+    load[600:610] = np.nan  # lost with a disk
     (alarm,) = alarms(record(tmp_path, load, steps=2, scope="window"))
     assert (alarm.cause, alarm.since, alarm.layers) == ("swing", 2 * 256 + 1, ("4",))
     assert "period of about 80 steps" in alarm.finding

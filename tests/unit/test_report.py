@@ -9,6 +9,7 @@ import subprocess
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from synthetic_record import even, write
 from megatron_global_lbl.command import main
 from megatron_global_lbl.metrics import frames
 from megatron_global_lbl.metrics.reader import read
-from megatron_global_lbl.report import watch
+from megatron_global_lbl.report import page, watch
 from megatron_global_lbl.report.series import binned, edges, over_layers
 from megatron_global_lbl.report.terminal import table
 
@@ -54,13 +55,13 @@ def report(tmp_path_factory):
 def test_page_is_self_contained(report):
     """Nothing to load but what it holds, and each picture is also a file."""
     text = (report / "report.html").read_text(encoding="utf-8")
-    page = Page(text)
-    assert all(reference.startswith(("data:image/png;base64,", "#")) for reference in page.references)
+    found = Page(text)
+    assert all(reference.startswith(("data:image/png;base64,", "#")) for reference in found.references)
     assert "url(" not in text and "@import" not in text
-    held = {base64.b64decode(picture["src"].partition(",")[2]) for picture in page.pictures}
+    held = {base64.b64decode(picture["src"].partition(",")[2]) for picture in found.pictures}
     assert held == {file.read_bytes() for file in report.glob("*.png")}
     assert len(held) == 4 + 2 * 8 + 1  # compared; per run five over time and three thirds; dead experts of one
-    assert all(picture["alt"] and "iteration" in picture["alt"] for picture in page.pictures)
+    assert all(picture["alt"] and "iteration" in picture["alt"] for picture in found.pictures)
 
 
 def test_page_says_what_the_record_says(report):
@@ -84,6 +85,18 @@ def test_default_place_and_one_interval(tmp_path, capsys):
     write(tmp_path / "run", even(1, layers=1, experts=4))
     assert main(["report", str(tmp_path / "run")]) == 0
     assert Path(capsys.readouterr().out.strip()) == tmp_path / "run" / "report" / "report.html"
+
+
+def test_labels_differ():
+    """Directories of one name get more of their path; models of one directory have names."""
+    runs = [
+        SimpleNamespace(directory=Path(path), name=name)
+        for path, name in [("/x/a/balance", "balance"), ("/x/b/balance", "balance")]
+    ]
+    assert page.labels(runs) == ["a/balance", "b/balance"]
+    runs = [SimpleNamespace(directory=Path("/x/a"), name=name) for name in ("a model1", "a model2")]
+    assert page.labels(runs) == ["a model1", "a model2"]
+    assert page.labels(runs[:1] * 2) == ["a model1 (1)", "a model1 (2)"]
 
 
 def test_text_has_contrast(report):
