@@ -55,10 +55,9 @@ class Handle:
             return  # Megatron as it is
         from megatron_global_lbl.hook import checkpoint, recomputation, rerun, router, step
 
-        for hook in (router, recomputation, step):
+        for hook in (router, recomputation, step, rerun):
             hook.install(self._patches, self._engine)
         if self.settings.scope is Scope.WINDOW:
-            rerun.install(self._patches, self._engine)
             # Megatron-Core can be used without the training loop whose checkpoints carry the window; see `state_dict`.
             if "megatron.training" in sys.modules:
                 checkpoint.install(self._patches, self._engine)

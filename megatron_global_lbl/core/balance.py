@@ -67,7 +67,7 @@ class CountedForward(AwaitedBackward):
             self._micro = self._start(counts_E.clone() if copy_E is None else copy_E, layer.table.group.model)
 
     def _start(self, counts_E: Tensor, group: torch.distributed.ProcessGroup) -> Reduction:
-        return Reduction(counts_E, group, blocking=self._blocking)
+        return Reduction(counts_E, group, blocking=self._blocking, whole_graph=self.layer.table.whole_graph)
 
     @staticmethod
     def add_to_step(layer: Layer, counts_E: Tensor) -> None:
@@ -132,7 +132,7 @@ class Global(CountedForward):
         super().__init__(layer, counts_E, in_scope, copy_E)
         self._summed = self._start(counts_E, layer.table.group.counted)
         layer.started.append(self._summed)
-        if is_capturing(counts_E):
+        if is_capturing(counts_E) and not layer.table.whole_graph.is_open:
             layer.counts_of_step()
 
     @staticmethod

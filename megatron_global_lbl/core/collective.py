@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_global_lbl.core.whole_graph import WholeGraph
 from megatron_global_lbl.settings import ConfigError
 
 
@@ -25,8 +26,17 @@ def is_capturing(tensor: Tensor) -> bool:
 class Reduction:
     """An all-reduce (sum, in place) that has been started; `wait` gives its result."""
 
-    def __init__(self, buffer: Tensor, group: dist.ProcessGroup | None, *, blocking: bool) -> None:
-        """Start summing `buffer` over `group`; None, or a group of one rank, means that it is the result already."""
+    def __init__(
+        self, buffer: Tensor, group: dist.ProcessGroup | None, *, blocking: bool, whole_graph: WholeGraph | None = None
+    ) -> None:
+        """Start summing `buffer` over `group`; None, or a group of one rank, means that it is the result already.
+
+        Args:
+            buffer: what to sum.
+            group: the ranks.
+            blocking: wait for the sum on the spot.
+            whole_graph: may hold the first use, too.
+        """
         self._buffer = buffer
         self._work: dist.Work | None = None
         if group is not None and group.size() > 1:
@@ -35,14 +45,21 @@ class Reduction:
                 self.wait()
             if is_capturing(buffer):
                 # A CUDA graph contains the wait for what it starts, and no other graph may wait for it.
-                self.wait()
-                self._work = None
+                if whole_graph is not None and whole_graph.is_open:
+                    whole_graph.add(self)
+                else:
+                    self.join()
 
     def wait(self) -> Tensor:
         """The sum over the group. On NCCL the current stream waits, not the host; every stream that reads it has to."""
         if self._work is not None:
             self._work.wait()
         return self._buffer
+
+    def join(self) -> None:
+        """Wait for the last time: the CUDA graph that is being captured will not be waited for."""
+        self.wait()
+        self._work = None
 
 
 def gather_objects(value: Any, group: dist.ProcessGroup) -> list[Any]:

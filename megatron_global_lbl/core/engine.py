@@ -8,7 +8,8 @@ not count (`repeat_step`). Everything is done for the routers that are named: an
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from weakref import WeakKeyDictionary
 
 import torch.distributed as dist
@@ -24,9 +25,13 @@ from megatron_global_lbl.core.recompute import FirstForward, Pass, Recomputation
 from megatron_global_lbl.core.router_forward import Record, RouterForward
 from megatron_global_lbl.core.router_info import RouterInfo, RouterLoss
 from megatron_global_lbl.core.saved import restore, saved_state
+from megatron_global_lbl.core.whole_graph import WholeGraph
 from megatron_global_lbl.settings import ConfigError, Scope, Settings
 
 Routers = Collection[nn.Module]
+
+_held_by_graphs: list[LayerTable] = []
+"""Of registrations that were removed: the replays of a CUDA graph that was captured before go on writing there."""
 
 
 class Engine:
@@ -45,6 +50,7 @@ class Engine:
         self.settings = settings
         self.recomputation = Recomputation()
         self._choice = Choice.read()
+        self.whole_graph = WholeGraph()
         self._clock, self._record = clock, record
         self._layers: WeakKeyDictionary[nn.Module, Layer] = WeakKeyDictionary()
         self._tables: list[LayerTable] = []
@@ -226,15 +232,31 @@ class Engine:
         """Forget what was counted since the last step's end: no optimizer step follows it. None: of all routers."""
         self._drop([layer for layer in self._layers_of(routers) if layer.ran])
 
+    @contextmanager
+    def whole_step(self) -> Iterator[None]:
+        """All forwards and backwards of a step run within: in Python, or in a CUDA graph that is captured or replayed. The
+        step's end comes after it."""
+        for table in self._tables:
+            if table.window is not None:  # a graph reads f where it lies, and must not hold the wait for it
+                table.window.settle()
+        with self.whole_graph.opened():
+            yield
+
     def end_step(self, routers: Routers | None) -> bool:
         """The optimizer step's backward passes of these routers are over (None: of all that ran); whether any was counted.
 
         Raises:
-            ConfigError: the step's routers had no auxiliary loss to act on, or forwards that were counted were not trained on.
+            ConfigError: the step's routers had no auxiliary loss to act on, or forwards that were counted were not trained on;
+                or a CUDA graph is being captured, whose replays would not end the step.
         """
         # A replayed CUDA graph counts without Python.
         ended = [layer for layer in self._layers_of(routers) if layer.ran or layer.captured]
         for layer in ended:
+            if is_capturing(layer.counts_C):
+                raise ConfigError(
+                    "the step's end is captured in a CUDA graph, so no replay would end its step; allowed: Megatron's "
+                    "FullCudaGraphWrapper, or finalize_model_grads outside of the graph"
+                )
             if layer.awaited:
                 raise ConfigError(
                     f"{layer.awaited} forwards of MoE layer {layer.info.key} were counted, and the step ended without their "
@@ -277,6 +299,7 @@ class Engine:
         for table in self._tables:
             table.settle()
             table.removed = True
+        _held_by_graphs.extend(table for table in self._tables if any(layer.captured for layer in table.layers))
 
     def state(self, routers: Mapping[str, nn.Module] | None) -> dict[str, dict]:
         """What must travel in a checkpoint, by the routers' names; None: of all layers that were met.
@@ -333,7 +356,7 @@ class Engine:
         self._forget_models_that_are_gone()
         table = next((table for table in self._tables if table.takes(info, group)), None)
         if table is None:
-            table = LayerTable(info.num_layers, info, group, self.settings)
+            table = LayerTable(info.num_layers, info, group, self.settings, self.whole_graph)
             self._tables.append(table)
         layer = self._layers[router] = Layer(info, table)
         self._met_twice |= info.key in self._met

@@ -15,9 +15,10 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from megatron_global_lbl.core.collective import BalanceGroup, Reduction
+from megatron_global_lbl.core.collective import BalanceGroup, Reduction, is_capturing
 from megatron_global_lbl.core.loss import score_gradient
 from megatron_global_lbl.core.router_info import RouterInfo
+from megatron_global_lbl.core.whole_graph import WholeGraph
 from megatron_global_lbl.core.window import Window
 from megatron_global_lbl.settings import ConfigError, Scope, Settings, Sync
 
@@ -98,9 +99,19 @@ class Layer:
 class LayerTable:
     """The MoE layers of one model on this rank that are alike: same experts, top-k and ranks."""
 
-    def __init__(self, rows: int, info: RouterInfo, group: BalanceGroup, settings: Settings) -> None:
+    def __init__(self, rows: int, info: RouterInfo, group: BalanceGroup, settings: Settings, whole_graph: WholeGraph) -> None:
+        """
+        Raises:
+            ConfigError: a CUDA graph is being captured: each replay would begin with the zeros of this table.
+        """
         self.num_experts, self.topk, self.group, self.settings = info.num_experts, info.topk, group, settings
+        self.whole_graph = whole_graph
         self.counts_LC = torch.zeros(rows, info.num_experts + 1, dtype=torch.int64, device=info.device)
+        if is_capturing(self.counts_LC):
+            raise ConfigError(
+                f"MoE layer {info.key} runs for the first time while a CUDA graph is captured; allowed: a training step, or "
+                "the warm-up of the graphs, before it (--cuda-graph-warmup-steps 1 or more)"
+            )
         self.score_sums_LE = torch.zeros(rows, info.num_experts, device=info.device)
         # Of the kernels (fused/count_kernel.py), which leave a zero behind.
         self.tickets_L = torch.zeros(rows, dtype=torch.int32, device=info.device)
@@ -108,6 +119,7 @@ class LayerTable:
         self.takes_more = True
         self.removed = False
         self.can_repeat = False
+        self._logged: list[tuple[Layer, Tensor, str]] = []
         steps = settings.window_steps
         self.window = None if steps is None else Window(steps, group, self.counts_LC, info.topk)
 
@@ -138,7 +150,7 @@ class LayerTable:
 
     def _with_rows(self, layers: list[Layer]) -> LayerTable:
         rows = [layer.row for layer in layers]
-        table = LayerTable(len(rows), layers[0].info, self.group, self.settings)
+        table = LayerTable(len(rows), layers[0].info, self.group, self.settings, self.whole_graph)
         table.takes_more, table.can_repeat = False, self.can_repeat
         table.counts_LC.copy_(self.counts_LC[rows])
         table.score_sums_LE.copy_(self.score_sums_LE[rows])
@@ -151,8 +163,9 @@ class LayerTable:
     def end_step(self) -> None:
         """The step of all these layers is over: log it, feed the window, forget the counts."""
         self.takes_more = False
-        if any(layer.kind for layer in self.layers):
-            self._log()
+        self._logged = self._losses() if any(layer.kind for layer in self.layers) else []
+        for layer, loss, kind in self._logged:
+            layer.info.log(loss, kind)
         if self.window is not None:
             self.window.step_completed(self.counts_LC[: len(self.layers)], blocking=self.settings.sync is Sync.BLOCKING)
             if any(layer.captured for layer in self.layers):  # nobody asks for f in the next step: the graph reads it there
@@ -169,6 +182,8 @@ class LayerTable:
         self.can_repeat = False
         if self.window is not None:
             self.window.take_back()
+        for layer, loss, kind in self._logged:
+            layer.info.log(-loss, kind)
         for layer in self.layers:
             layer.steps -= 1
 
@@ -196,11 +211,11 @@ class LayerTable:
             layer.counts_C.zero_()
             layer.score_sums_E.zero_()
 
-    def _log(self) -> None:
-        """Hand each layer's loss to Megatron: alpha = 1, times the micro-batches; sum over TP x CP, mean over dp ranks."""
-        for layer, loss in zip(self.layers, self._step_losses_LE().sum(dim=1)):
-            if layer.kind:
-                layer.info.log(loss, layer.kind)
+    def _losses(self) -> list[tuple[Layer, Tensor, str]]:
+        """Each layer's loss and its kind for Megatron's log: alpha = 1, times the micro-batches; sum over TP x CP, mean over dp
+        ranks."""
+        losses = zip(self.layers, self._step_losses_LE().sum(dim=1))
+        return [(layer, loss, layer.kind) for layer, loss in losses if layer.kind]
 
     def _step_losses_LE(self) -> Tensor:
         if self.settings.scope is Scope.DP:

@@ -8,7 +8,8 @@ router          the router forward: selections, scores, padding mask -> Engine.b
 scores          the scores of the auxiliary loss, without upstream's own selection
 recomputation   checkpointed calls -> Engine.recomputation
 models          the routers of a model
-step            a model's step: `zero_grad_buffer`, `finalize_model_grads` -> Engine.begin_step, Engine.end_step
+step            a model's step: `zero_grad_buffer`, `finalize_model_grads`, a CUDA graph of all of it -> Engine.begin_step,
+                Engine.end_step
 rerun           iterations that Megatron runs again -> Engine.repeat_step
 checkpoint      the window in Megatron's checkpoint
 log             the losses in Megatron's log, and what taking over `global_aux_loss` changes

@@ -44,7 +44,7 @@ def refuse_arguments(args: Any, settings: Settings) -> None:
     for name in ("use_megatron_fsdp", "use_torch_fsdp2", "use_custom_fsdp"):
         if getattr(args, name, False):
             raise ConfigError(f"{chosen} is not supported with --{name.replace('_', '-')} yet; allowed: Megatron's DDP")
-    refuse_graphs_of_iteration(args, chosen)
+    refuse_no_warm_up(args, chosen)
     if compatibility.cuda_graphs(args) != "none":
         for name in ("metrics_dir", "start_iter"):  # both need Python in every forward
             if getattr(settings, name):
@@ -87,13 +87,17 @@ def refuse_two_losses(kinds: list[str], chosen: str) -> None:
         )
 
 
-def refuse_graphs_of_iteration(config: Any, chosen: str) -> None:
+def refuse_no_warm_up(args: Any, chosen: str) -> None:
     """
     Raises:
-        ConfigError: the step's end would be replayed without the Python that keeps the books.
+        ConfigError: what lives as long as the model would be made within a CUDA graph.
     """
-    if compatibility.cuda_graphs(config) == "iteration":
-        raise ConfigError(f"{chosen} is not supported with full_iteration CUDA graphs; allowed: CUDA graphs of layers")
+    steps = getattr(args, "cuda_graph_warmup_steps", 1)
+    if compatibility.cuda_graphs(args) == "iteration" and steps < 1:
+        raise ConfigError(
+            f"{chosen} is not supported with full_iteration CUDA graphs and --cuda-graph-warmup-steps {steps}; allowed: 1 or "
+            "more"
+        )
 
 
 def refuse_window(args: Any, chosen: str) -> None:

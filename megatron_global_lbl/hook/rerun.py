@@ -1,8 +1,8 @@
 """Iterations that Megatron runs again (0.14 to 0.19).
 
 After a result that is not plausible (`--rerun-mode`), or when a buffer overflowed (`--moe-expert-rank-capacity-factor`, since
-0.18), the forwards and backwards of an iteration run a second time from the same state. Only scope `window` remembers
-anything beyond them. Replaced are
+0.18), the forwards and backwards of an iteration run a second time from the same state. What goes beyond them, the window and
+the log, is taken back. Replaced are
 
     RerunStateMachine.should_run_forward_backward   says that the iteration is run again
     RerunStateMachine.should_checkpoint_and_exit    says that a checkpoint is written from which the iteration is run again

@@ -163,13 +163,8 @@ def _applications(router) -> int:
 
 
 def _info(router) -> RouterInfo:
-    """What the engine needs to know of a router.
-
-    Raises:
-        ConfigError: its configuration is one in which the counts would be wrong.
-    """
+    """What the engine needs to know of a router."""
     config = router.config
-    refusals.refuse_graphs_of_iteration(config, "--moe-lbl-scope")
     stage, model = compatibility.process_groups(router)
     num_layers = config.num_layers + (config.mtp_num_layers or 0)
     number = router.layer_number  # None in a layer outside of a model, which Megatron does not log

@@ -7,6 +7,8 @@ when it runs is replaced instead:
     reset_model_temporary_tensors                since 0.15: called after it, and after the capture of CUDA graphs, whose
                                                  warm-up forwards must not be counted
     DistributedDataParallel.zero_grad_buffer     a step starts from zero gradients: what a failed one counted is void
+    FullCudaGraphWrapper.__call__                runs a step with its `finalize_model_grads`, or replays it without any Python:
+                                                 the step ends after it
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from megatron_global_lbl.hook.patching import Patches
 
 FINALIZE = "megatron.core.distributed.finalize_model_grads"
 DDP = "megatron.core.distributed.distributed_data_parallel"
+WHOLE_GRAPH = "megatron.core.full_cuda_graph"
 
 
 def install(patches: Patches, engine: Engine) -> None:
@@ -33,27 +36,46 @@ def install(patches: Patches, engine: Engine) -> None:
 
         return zero_grad_buffer
 
+    def end(model):
+        routers = routers_of(model).values()
+        counted = engine.end_step(routers)
+        if not counted and any(router.training for router in routers):
+            refusals.refuse_replaced_symbols(patches.lost)
+
     def wrap_end(original):
         def allreduce_non_tensor_model_parallel_grads(model, *args, **kwargs):
             refusals.refuse_model(model)
-            routers = routers_of(model).values()
-            counted = engine.end_step(routers)
-            if not counted and any(router.training for router in routers):
-                refusals.refuse_replaced_symbols(patches.lost)
+            if engine.whole_graph.is_open:
+                engine.whole_graph.join()
+            else:
+                end(model)
             return original(model, *args, **kwargs)
 
         return allreduce_non_tensor_model_parallel_grads
 
     def wrap_reset(original):
         def reset_model_temporary_tensors(config, model, *args, **kwargs):
-            if engine.has_counted:  # in `finalize_model_grads` the step has ended already
+            # In `finalize_model_grads` the step has ended already, or its end is still to come.
+            if engine.has_counted and not engine.whole_graph.is_open:
                 engine.discard(routers_of(model).values())
             return original(config, model, *args, **kwargs)
 
         return reset_model_temporary_tensors
 
+    def wrap_whole_step(original):
+        def __call__(self, *args, **kwargs):
+            if kwargs.get("forward_only"):
+                return original(self, *args, **kwargs)
+            with engine.whole_step():
+                result = original(self, *args, **kwargs)
+            end(kwargs["model"])
+            return result
+
+        return __call__
+
     patches.wrap(DDP, "DistributedDataParallel.zero_grad_buffer", wrap_begin)
     patches.wrap(FINALIZE, "_allreduce_non_tensor_model_parallel_grads", wrap_end)
+    patches.wrap(WHOLE_GRAPH, "FullCudaGraphWrapper.__call__", wrap_whole_step)
     if compatibility.has_global_aux_loss():
         patches.wrap(FINALIZE, "reset_model_temporary_tensors", wrap_reset)
 

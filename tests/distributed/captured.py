@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import harness
 import torch
+from faked_graph import FakedGraph
 from layout import Layout
 from megatron_log import forget_logged_losses, reported
 from truth import Problem, inputs, weights
@@ -47,7 +48,7 @@ def train_captured(problem: Problem, register: dict, on_gpu: bool = False) -> di
         with _on_side_stream(on_gpu):
             backward(forward())
         forget_uncounted()
-        make = _CudaGraph if on_gpu else _FakedGraph
+        make = _CudaGraph if on_gpu else FakedGraph
         forward_graph, backward_graph = make(), make()
         with forward_graph:
             probs = forward()
@@ -73,37 +74,6 @@ def train_captured(problem: Problem, register: dict, on_gpu: bool = False) -> di
             lbl.end_step()
         logged = reported(["load_balancing_loss"], problem.micro_batches, 1)["load_balancing_loss"]
     return {"grads": steps, "collectives": forward_graph.collectives(), "logged": logged}
-
-
-class _FakedGraph:
-    """Recorded operations; Python believes that a stream is being captured."""
-
-    def __init__(self) -> None:
-        from recorded_graph import RecordedGraph
-
-        from megatron_global_lbl.core import balance, collective, engine
-
-        self._graph = RecordedGraph()
-        self._modules = (balance, collective, engine)
-        self._original = collective.is_capturing
-
-    def _flag(self, function) -> None:
-        for module in self._modules:
-            module.is_capturing = function
-
-    def __enter__(self) -> None:
-        self._flag(lambda tensor: True)
-        self._graph.__enter__()
-
-    def __exit__(self, *exception) -> None:
-        self._graph.__exit__(*exception)
-        self._flag(self._original)
-
-    def replay(self) -> None:
-        self._graph.replay()
-
-    def collectives(self) -> int:
-        return sum("allreduce" in name for name in self._graph.names())
 
 
 class _CudaGraph:

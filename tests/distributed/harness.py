@@ -283,7 +283,7 @@ def _forward_step(problem: Problem, factor: float, data_iterator, model):
 
     def loss_func(output):
         # CP ranks hold parts of a sequence, TP ranks too (sequence parallelism), so tokens are summed over both.
-        tokens = (~padding).sum() if padding is not None else torch.tensor(x.shape[0] * x.shape[1], device=x.device)
+        tokens = (~padding).sum() if padding is not None else torch.full((), x.shape[0] * x.shape[1], device=x.device)
         if problem.per_token:
             from megatron.core import parallel_state
 

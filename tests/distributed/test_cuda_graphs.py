@@ -3,12 +3,10 @@ CPU (recorded_graph.py); tests/gpu has the same with real graphs."""
 
 from __future__ import annotations
 
-import harness
 import pytest
 import truth
 from captured import train_captured
 from compare import compare_exact, register_arguments
-from layout import Layout
 from truth import Problem
 from workers import CaseFailed
 
@@ -31,24 +29,3 @@ def test_what_needs_python_in_every_forward_is_refused(workers, option):
     problem = Problem("global", 1, 1, layers=1)
     with pytest.raises(CaseFailed, match="not supported with CUDA graphs"):
         workers.run(train_captured, 1, problem, {"scope": "global", **option})
-
-
-def test_graphs_of_the_whole_iteration_are_refused(workers):
-    problem = Problem("global", 1, 1)
-    with pytest.raises(CaseFailed, match="full_iteration CUDA graphs; allowed: CUDA graphs of layers"):
-        workers.run(_with_graphs, 1, problem)
-
-
-def _with_graphs(problem):
-    original = harness.build
-
-    def build(*arguments):
-        config, model, chunks = original(*arguments)
-        config.cuda_graph_impl = "full_iteration"
-        return config, model, chunks
-
-    harness.build = build
-    try:
-        return harness.run(problem, Layout(), {"scope": "global"})
-    finally:
-        harness.build = original

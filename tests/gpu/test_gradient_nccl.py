@@ -9,6 +9,8 @@ from captured import train_captured
 from compare import check, compare_exact, register_arguments
 from layout import Layout
 from truth import Problem
+from whole_iterations import WARM_UP, train
+from whole_iterations import check as check_whole_iterations
 
 pytestmark = pytest.mark.gpu
 RANKS = max(1, min(torch.cuda.device_count(), 4))
@@ -43,3 +45,12 @@ def test_cuda_graphs(gpu_workers, scope):
     for result in gpu_workers.run(train_captured, RANKS, problem, register_arguments(problem), True):
         for step, actual in enumerate(result["grads"]):
             compare_exact(actual, expected[step][0][1], f"step {step}")
+
+
+@pytest.mark.parametrize("layout", [Layout(), Layout(recompute="full")], ids=str)
+@pytest.mark.parametrize("scope", ["dp", "global", "window"])
+def test_cuda_graphs_of_whole_iterations(gpu_workers, scope, layout):
+    """Megatron's own wrapper: two steps in Python, then forwards, backwards and `finalize_model_grads` in one graph."""
+    problem = Problem(scope, RANKS, 3, WARM_UP + 4, window_steps=2, masks="uneven")
+    arguments = (problem, layout, register_arguments(problem), None, None, WARM_UP, True)
+    check_whole_iterations(gpu_workers.run(train, RANKS, *arguments), problem)

@@ -46,10 +46,20 @@ GLOBAL = ("--moe-lbl-scope", "global")
         (arguments(*GLOBAL, "--moe-lbl-start-iter", "-1"), "--moe-lbl-start-iter -1: not allowed"),
         (arguments("--moe-lbl-metrics-dir", "d", moe_aux_loss_coeff=0.0), "--moe-lbl-metrics-dir d has nothing to act on"),
         (arguments(*GLOBAL, use_megatron_fsdp=True), "not supported with --use-megatron-fsdp yet"),
-        (arguments(*GLOBAL, cuda_graph_impl="full_iteration"), "full_iteration CUDA graphs; allowed: CUDA graphs of layers"),
         (
-            arguments(*GLOBAL, cuda_graph_impl="local", cuda_graph_scope=["full_iteration"]),
-            "full_iteration CUDA graphs; allowed: CUDA graphs of layers",
+            arguments(*GLOBAL, cuda_graph_impl="full_iteration", cuda_graph_warmup_steps=0),
+            "not supported with full_iteration CUDA graphs and --cuda-graph-warmup-steps 0; allowed: 1 or more",
+        ),
+        (
+            arguments(
+                "--moe-lbl-scope",
+                "dp",
+                "--moe-lbl-metrics-dir",
+                "d",
+                cuda_graph_impl="local",
+                cuda_graph_scope=["full_iteration"],
+            ),
+            "--moe-lbl-metrics-dir d is not supported with CUDA graphs; allowed: without",
         ),
         (
             arguments(*GLOBAL, "--moe-lbl-start-iter", "5", cuda_graph_impl="local"),
