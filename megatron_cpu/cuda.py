@@ -51,7 +51,6 @@ REPLACED: dict[Callable[..., Any], Callable[..., Any]] = {
     Tensor.to: _tensor_to,
     Tensor.cuda: _same_tensor,
     Tensor.pin_memory: _same_tensor,  # the data loader pins when torch.cuda.is_available()
-    Tensor.record_stream: lambda tensor, stream: None,
     Tensor.type: _tensor_type,
 }
 
@@ -247,6 +246,9 @@ def install() -> None:
                 setattr(module, name, value)
     for name in ("range_push", "range_pop", "mark"):
         setattr(torch.cuda.nvtx, name, _zero)  # profiler ranges; raise in a PyTorch built without CUDA
+
+    # Not through the function mode: its argument is looked at before.
+    Tensor.record_stream = lambda tensor, stream: None  # type: ignore[assignment, method-assign]
 
     # PyTorch's own code (optimizers, data loader) asks here, and goes on to the driver when told yes. It gets the truth.
     torch.accelerator.is_available = lambda: False

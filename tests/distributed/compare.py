@@ -31,7 +31,7 @@ def register_arguments(problem: Problem) -> dict:
 
 def run_ranks(workers, problem: Problem, layout: Layout, register: dict | None, fused: bool = False, **extra) -> list[dict]:
     """What `harness.run` returns, of every rank."""
-    problem = dataclasses.replace(problem, pipeline=(layout.pp, layout.chunks))
+    problem = dataclasses.replace(problem, pipeline=(layout.pp, layout.chunks), combined=layout.combined)
     run = harness.run_fused if fused else harness.run
     return workers.run(run, layout.world_size(problem), problem, layout, register, extra)
 
@@ -57,7 +57,7 @@ def check(
         extra: more fields of TransformerConfig.
     """
     masks = masks_of_release(problem, layout)
-    problem = dataclasses.replace(problem, pipeline=(layout.pp, layout.chunks), masks=masks)
+    problem = dataclasses.replace(problem, pipeline=(layout.pp, layout.chunks), combined=layout.combined, masks=masks)
     ranks = run_ranks(workers, problem, layout, register_arguments(problem) | {"sync": sync}, fused, **extra)
     low_precision = problem.dtype != "float32"
     expected = truth.gradients(problem, assembled_selections(problem, ranks) if low_precision else None)

@@ -89,6 +89,7 @@ def build_model(problem: Problem, layout: Layout, extra: dict[str, Any], groups:
     low_precision = problem.dtype != "float32"
     config = TransformerConfig(**_config_fields(problem, layout, extra))
     config.finalize_model_grads_func = finalize_model_grads
+    config.overlap_moe_expert_parallel_comm = layout.combined  # here, because Megatron wants it in bf16 only
     if layout.loss_scale != 1.0:
         config.grad_scale_func = lambda loss: loss * layout.loss_scale
     stage = parallel_state.get_pipeline_model_parallel_rank() if groups is None else groups.pp.rank()
@@ -276,10 +277,10 @@ def shards_at(problem: Problem, step: int, rank: int, part: int, parts: int):
     return shards
 
 
-def _forward_step(problem: Problem, factor: float, data_iterator, model):
+def _forward_step(problem: Problem, factor: float, data_iterator, model, return_schedule_plan: bool = False):
     """The main loss is the output times `factor`: without a gradient, or overflowing."""
     x, padding = next(data_iterator)
-    output = model(x, padding)
+    output = (model.build_schedule_plan if return_schedule_plan else model)(x, padding)
 
     def loss_func(output):
         # CP ranks hold parts of a sequence, TP ranks too (sequence parallelism), so tokens are summed over both.

@@ -23,6 +23,7 @@ class Layout:
     overlap_grad_reduce: bool = False
     distributed_optimizer: bool = False
     recompute: str | None = None  # full | selective | nested (one within the other)
+    combined: bool = False  # combined 1F1B: --overlap-moe-expert-parallel-comm
     frozen: str | None = None  # router | below: parameters without gradient
     evaluate_between: bool = False
     rerun_at: int | None = None  # the step whose forwards and backwards Megatron runs twice
@@ -36,6 +37,7 @@ class Layout:
         words = [f"{name}{getattr(self, name)}" for name in ("tp", "cp", "pp", "ep") if getattr(self, name) > 1]
         words += [f"vpp{self.chunks}"] * (self.chunks > 1) + [f"etp{self.etp}"] * (self.etp is not None)
         words += [self.moe] * (self.moe != "router") + [f"recompute-{self.recompute}"] * (self.recompute is not None)
+        words += ["combined"] * self.combined
         words += [f"frozen-{self.frozen}"] * (self.frozen is not None)
         words += ["overlap"] * self.overlap_grad_reduce + ["distopt"] * self.distributed_optimizer
         return "-".join(words) or "data"

@@ -95,6 +95,12 @@ class Chunk(MegatronModule):
             if block.moe is not None:
                 block.router.weight.data.copy_(weights[block.number - 1][1])
 
+    def build_schedule_plan(self, x: Tensor, padding: Tensor | None):
+        """What combined 1F1B runs instead of `forward`."""
+        from schedule_plan import schedule_plan
+
+        return schedule_plan(self, x, padding)
+
     def forward(self, x: Tensor, padding: Tensor | None) -> Tensor:
         h = x if self.input_tensor is None else self.input_tensor
         h = h.to(self.config.params_dtype)
@@ -121,7 +127,9 @@ def _moe_layer(config, number: int, is_mtp: bool):
     spec = get_moe_module_spec(use_te=False, num_experts=config.num_moe_experts, moe_grouped_gemm=False)
     build = partial(build_module, spec) if isinstance(spec, ModuleSpec) else spec
     arguments: dict[str, Any] = {"is_mtp_layer": True} if is_mtp else {}
-    layer = build(config=config, layer_number=number - config.num_layers if is_mtp else number, **arguments)
+    own_number = number - config.num_layers if is_mtp else number
+    layer = build(config=config, layer_number=own_number, **arguments)
+    layer.set_layer_number(own_number)  # the router, too
     for parameter in layer.experts.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
     return layer

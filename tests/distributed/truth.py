@@ -52,6 +52,7 @@ class Problem:
     dtype: str = "float32"  # of parameters and inputs; the formula stays float64
     seed: int = 1234
     pipeline: tuple[int, int] = (1, 1)  # stages, model chunks per stage
+    combined: bool = False  # forwards and backwards of other micro-batches layer by layer (combined 1F1B)
 
     @property
     def blocks(self) -> int:
@@ -67,9 +68,21 @@ class Problem:
 
     def stage_and_chunk(self, number: int) -> tuple[int, int]:
         """Pipeline stage and model chunk of a layer (from 1), as Megatron lays them out; multi-token prediction is last."""
+        index = (min(number, self.layers) - 1) // self.layers_per_chunk
+        return index % self.pipeline[0], index // self.pipeline[0]
+
+    @property
+    def layers_per_chunk(self) -> int:
         stages, chunks = self.pipeline
-        index = (min(number, self.layers) - 1) // (self.layers // (stages * chunks))
-        return index % stages, index // stages
+        return self.layers // (stages * chunks)
+
+    def seen(self, step: int, number: int) -> list[set[int]]:
+        """By micro-batch: those whose forward of a layer (from 1) has run when its backward runs."""
+        M, layers = self.micro_batches_at(step), self.layers_per_chunk
+        if self.together > 1:
+            return [set(range((m // self.together + 1) * self.together)) for m in range(M)]
+        place = *self.stage_and_chunk(number), (number - 1) % layers
+        return seen_in_backward(M, *place, *self.pipeline, layers if self.combined else 0)
 
 
 def weights(problem: Problem, step: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -208,9 +221,7 @@ def _layer_loss(problem, step, block, C_mdi, S_mdi, N_md, of_step, counted) -> t
     N_step = N_md.sum()
     size = problem.group_size or D
     groups = [range(g, g + size) for g in range(0, D, size)]
-    seen = seen_in_backward(M, *problem.stage_and_chunk(block + 1), *problem.pipeline)
-    if problem.together > 1:
-        seen = [set(range((m // problem.together + 1) * problem.together)) for m in range(M)]
+    seen = problem.seen(step, block + 1)
     backwards = M / problem.together
     loss = torch.zeros((), dtype=torch.float64)
 
