@@ -100,9 +100,9 @@ FINDERS: dict[str, Callable[[], Iterable[str]]] = {
 }
 
 
-def find_domain(name: str, *, train_bytes: int, valid_bytes: int) -> Domain:
+def find_domain(name: str, *, train_bytes: int, valid_bytes: int, finder: Callable[[], Iterable[str]] | None = None) -> Domain:
     """Collects one domain: about `train_bytes` (less where there is less) and at least `valid_bytes` of text."""
-    finder = FINDERS[name]
+    finder = finder or FINDERS[name]
     blocks: dict[bytes, bytes] = {}
     for text in finder():
         for block in _blocks(text):

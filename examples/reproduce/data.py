@@ -1,0 +1,59 @@
+"""The text of the experiments in Megatron's indexed datasets, in a folder that can be carried to another machine.
+
+    python examples/reproduce/run.py data --data DIR
+
+`data.json` names the domains and carries a digest of all bytes: runs of two machines are compared only if it is the same.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from reproduce import domains
+
+from demo.corpus import find_domain
+from demo.prepare import write_indexed_dataset
+
+SEQUENCE_LENGTH = 128
+VALID_SEQUENCES = 128  # per domain
+TRAIN_BYTES = 256_000  # per domain; a run of 1000 steps of 32 sequences reads 4.1 million
+INDEX = "data.json"
+
+
+def prepare(folder: Path, say: Callable[[str], object] = print) -> None:
+    """Writes what is not there yet."""
+    if (folder / INDEX).exists():
+        return
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    valid_tokens = VALID_SEQUENCES * SEQUENCE_LENGTH + 1  # the labels are the tokens shifted by one
+    digest, found = hashlib.sha256(), []
+    for name, finder in domains.ALL.items():
+        domain = find_domain(name, train_bytes=TRAIN_BYTES, valid_bytes=valid_tokens, finder=finder)
+        stem = name.replace("+", "p")
+        sizes = {
+            "train": write_indexed_dataset(str(folder / f"{stem}_train"), domain.train),
+            "valid": write_indexed_dataset(str(folder / f"{stem}_valid"), domain.valid, most=valid_tokens),
+        }
+        for split in ("train", "valid"):
+            digest.update((folder / f"{stem}_{split}.bin").read_bytes())
+        say(f"    {name:<12} {sizes['train']:>7,} tokens to train, {sizes['valid']:>6,} held out: {domain.source}")
+        found.append({"name": name, "stem": stem, "source": domain.source, **sizes})
+    index = {"sequence_length": SEQUENCE_LENGTH, "digest": digest.hexdigest()[:16], "domains": found}
+    (folder / INDEX).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
+
+
+def index_of(folder: Path) -> dict:
+    """The digest and the domains.
+
+    Raises:
+        SystemExit: there is no data in the folder.
+    """
+    path = folder / INDEX
+    if not path.is_file():
+        raise SystemExit(f"no data in {folder}: `run.py data --data {folder}` makes it")
+    return json.loads(path.read_text(encoding="utf-8"))

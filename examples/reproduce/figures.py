@@ -1,0 +1,136 @@
+"""The pictures of docs/reproduction.md, from the results."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+from reproduce import experiments, tables
+from reproduce.experiments import ALPHAS, FEW, GLOBAL, MICRO, changed
+from reproduce.results import Results, difference, read
+
+DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "reproduction.md"
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")  # Okabe and Ito: told apart by everybody
+
+
+def make(folder: Path, images: Path, document: Path = DOCUMENT) -> None:
+    """Every picture and every table that the results allow.
+
+    Raises:
+        SystemExit: no results.
+    """
+    results = read(folder)
+    if not list(results):
+        raise SystemExit(f"no results under {folder}: `run.py EXPERIMENT` and `run.py gather` make them")
+    images.mkdir(parents=True, exist_ok=True)
+    for name, draw in (("bsz", balance_bsz), ("specialisation", specialisation), ("delay", delay)):
+        figure = draw(results)
+        if figure is not None:
+            figure.savefig(images / f"reproduce-{name}.png", dpi=90, bbox_inches="tight")
+            plt.close(figure)
+            print(images / f"reproduce-{name}.png")
+    if document.exists():
+        tables.write(results, document)
+        print(document)
+
+
+def balance_bsz(results: Results) -> Any:
+    """Loss and specialisation against the number of sequences that f counts over."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6))
+    sizes = (1, 2, 4, 8, 16, 32)
+    for alpha, colour in zip(ALPHAS, COLOURS):
+        micro = changed(MICRO, alpha=alpha)
+        curve = [changed(MICRO, over=f"sequences:{n}", alpha=alpha) for n in sizes[:-1]] + [changed(GLOBAL, alpha=alpha)]
+        there = [(n, setting) for n, setting in zip(sizes, curve) if results[setting]]
+        gains = [(n, difference(results, setting, micro).values) for n, setting in there]
+        gains = [(n, values) for n, values in gains if values]
+        if not gains:
+            continue
+        left.plot([n for n, _ in gains], [mean(v) for _, v in gains], "-", color=colour, label=f"alpha {alpha}")
+        for n, values in gains:
+            left.plot([n] * len(values), values, ".", color=colour)
+        contrast = [[run["contrast"] for run in results[setting].values()] for _, setting in there]
+        right.plot([n for n, _ in there], [mean(values) for values in contrast], "-", color=colour, label=f"alpha {alpha}")
+        for (n, _), values in zip(there, contrast):
+            right.plot([n] * len(values), values, ".", color=colour)
+    for axes, label in ((left, "validation loss less that of 1 sequence\n(nats per byte)"), (right, "contrast of domains")):
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(sizes, [str(n) for n in sizes])
+        axes.set_xlabel("Balance BSZ: sequences that f counts over")
+        axes.set_ylabel(label)
+        axes.grid(alpha=0.3)
+        axes.legend()
+    left.axhline(0, color="black", linewidth=0.8)
+    figure.tight_layout()
+    return figure
+
+
+def specialisation(results: Results) -> Any:
+    """Where each domain's tokens go, with micro and global: layers one above the other, experts in order of use."""
+    found = [(name, results[setting].get(0)) for name, setting in (("micro", MICRO), ("global", GLOBAL))]
+    both = [(name, run) for name, run in found if run is not None and "frequencies" in run]
+    if len(both) < 2:
+        return None
+    layers = len(both[0][1]["frequencies"][0])
+    most = max(x for _, run in both for domain in run["frequencies"] for layer in domain for x in layer)
+    figure, grid = plt.subplots(layers, 2, figsize=(11, 3.1 * layers), sharey=True, layout="constrained")
+    for column, (name, run) in enumerate(both):
+        for layer in range(layers):
+            shares = [domain[layer] for domain in run["frequencies"]]
+            # Experts in the order of the domain that uses them most: a specialised layer is a staircase.
+            order = sorted(range(len(shares[0])), key=lambda e: (max(range(len(shares)), key=lambda d: shares[d][e]), e))
+            axes = grid[layer][column]
+            picture = axes.imshow([[row[e] for e in order] for row in shares], vmin=0, vmax=most, cmap="viridis", aspect="auto")
+            axes.set_title(f"{name}, layer {layer + 1}", fontsize=10)
+            axes.set_yticks(range(len(run["domains"])), run["domains"], fontsize=7)
+            axes.set_xticks([])
+            axes.set_xlabel("experts" if layer == layers - 1 else "")
+    figure.colorbar(picture, ax=grid, label="share of the domain's selections", shrink=0.6)
+    return figure
+
+
+def delay(results: Results) -> Any:
+    """What a late f does: the loss against the delay, and the load over the first steps."""
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(13, 3.6))
+    delays = (0, 1, 2, 4, 8, 16)
+    for alpha, colour in zip(ALPHAS, COLOURS):
+        base = changed(FEW, over="delayed:0:1", alpha=alpha)
+        settings = [(d, changed(FEW, over=f"delayed:{d}:1", alpha=alpha)) for d in delays]
+        gains = [(d, difference(results, setting, base).values) for d, setting in settings]
+        gains = [(d, values) for d, values in gains if values]
+        left.plot([d for d, _ in gains], [mean(v) for _, v in gains], "-", color=colour, label=f"alpha {alpha}")
+        for d, values in gains:
+            left.plot([d] * len(values), values, ".", color=colour)
+    left.set_xscale("symlog", base=2, linthresh=1)
+    left.set_xticks(delays, [str(d) for d in delays])
+    left.set_xlabel("f of d steps ago")
+    left.set_ylabel("validation loss less that of d = 0\n(nats per byte)")
+    left.axhline(0, color="black", linewidth=0.8)
+    _, whole, *windows = experiments.window()[:5]
+    named = [("global", whole), *((f"window, W = {setting.window_steps}", setting) for setting in windows)]
+    for (name, setting), colour in zip(named, COLOURS):
+        runs = list(results[setting].values())
+        if runs:
+            middle.plot([mean(step) for step in zip(*(run["max_vio_first"] for run in runs))], color=colour, label=name)
+            correlations = [run["autocorrelation"] for run in runs if run["autocorrelation"]]
+            if correlations:
+                right.plot(
+                    range(1, len(correlations[0]) + 1), [mean(lag) for lag in zip(*correlations)], color=colour, label=name
+                )
+    middle.set_xlabel("step")
+    middle.set_ylabel("MaxVio")
+    right.set_xlabel("lag (steps)")
+    right.set_ylabel("autocorrelation of an expert's load")
+    right.axhline(0, color="black", linewidth=0.8)
+    for axes in (left, middle, right):
+        axes.grid(alpha=0.3)
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(fontsize=8)
+    figure.tight_layout()
+    return figure

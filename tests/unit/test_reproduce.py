@@ -1,0 +1,126 @@
+"""`examples/reproduce`: the runs and their arguments, what is not trained again, tables and pictures from results."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as functional
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
+
+from reproduce import data, figures, results, trainings
+from reproduce.experiments import EXPERIMENTS, GLOBAL, MICRO
+from reproduce.experts import _Products
+from reproduce.run import queue_of
+from reproduce.settings import Run, Setting, arguments, plugin_flags
+from reproduce.tables import TABLES
+
+from megatron_global_lbl.settings import Settings
+
+INDEX = {"sequence_length": 128, "digest": "d", "domains": [{"name": "c++", "stem": "cpp"}]}
+
+
+def test_runs_have_names_of_their_own_and_come_once():
+    runs = queue_of(list(EXPERIMENTS), seeds=2)
+    names = [run.name for run in runs]
+    assert len(set(names)) == len(names) and all(re.fullmatch(r"[\w.,=-]+", name) for name in names)
+    assert [run.seed for run in runs[:12]] == [0] * 6 + [1] * 6  # all settings of a seed before the next seed
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_arguments_say_what_a_setting_says(name, tmp_path):
+    for setting in EXPERIMENTS[name]():
+        flags = plugin_flags(setting)
+        values = {flag[len("--moe-lbl-") :].replace("-", "_"): value for flag, value in zip(flags[::2], flags[1::2])}
+        assert Settings.create(**values).scope.value == setting.scope
+        words = arguments(Run(setting, 2), size="cpu", data=tmp_path, index=INDEX, out=tmp_path)
+        given = dict(zip(words, words[1:]))
+        assert given["--seed"] == "1236" and float(given["--moe-aux-loss-coeff"]) == setting.alpha
+        assert int(given["--micro-batch-size"]) * setting.ranks <= int(given["--global-batch-size"]) == setting.batch
+        assert given.get("--reproduce-count") == setting.over
+
+
+def test_a_run_with_a_result_is_not_trained_again(tmp_path, capsys):
+    run = Run(Setting(), 0)
+    path = trainings.result_path(tmp_path, run)
+    path.parent.mkdir()
+    path.write_text("kept")
+    assert trainings.train_all([run], size="cpu", data=tmp_path, out=tmp_path, jobs=1, limit=None) == 0
+    assert path.read_text() == "kept" and "1 of 1 runs" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="no data in"):  # without it, it would have been started
+        trainings.train_all([Run(Setting(), 1)], size="cpu", data=tmp_path, out=tmp_path, jobs=1, limit=None)
+
+
+def _result(setting: Setting, seed: int, loss: float, digest: str = "d") -> dict:
+    """What a run of two domains, two layers and four experts leaves."""
+    return {
+        "setting": setting.__dict__,
+        "seed": seed,
+        "data": digest,
+        "seconds": 1.0,
+        "domains": ["a", "b"],
+        "machine": {"processor": "p", "cores": 1},
+        "versions": {"torch": "1"},
+        "valid_loss": {"a": loss, "b": loss + 1},
+        "frequencies": [[[0.7, 0.1, 0.1, 0.1]] * 2, [[0.1, 0.1, 0.1, 0.7]] * 2],
+        "contrast": 0.5,
+        "lbl_within_sequences": 1.2,
+        "starved_experts": 0.25,
+        "max_vio": [2.0] * 5,
+        "max_vio_first": [3.0] * 160,
+        "autocorrelation": [0.5, -0.25],
+    }
+
+
+def test_tables_and_pictures_come_from_the_results(tmp_path):
+    kept, out = tmp_path / "kept", tmp_path / "out"
+    out.mkdir()
+    for seed in (0, 1):
+        for setting, loss in ((MICRO, 2.0), (GLOBAL, 1.9 - seed / 10)):
+            (out / f"{setting.name}{seed}.json").write_text(json.dumps(_result(setting, seed, loss)))
+    assert results.gather(out, kept) == 4 == results.gather(out, kept)  # the second time adds nothing
+    document = tmp_path / "document.md"
+    document.write_text("before\n<!-- begin balance-bsz -->\nold\n<!-- end balance-bsz -->\nafter\n")
+    figures.make(kept, tmp_path / "images", document)
+    text = document.read_text()
+    # Of seeds 0 and 1: -0.1 and -0.2, mean and standard deviation.
+    assert "-0.150 ± 0.071 (2 of 2 seeds)" in text and "old" not in text
+    assert text.startswith("before") and text.endswith("after\n") and "not run" in text
+    assert {path.name for path in (tmp_path / "images").iterdir()} == {
+        f"reproduce-{name}.png" for name in ("bsz", "specialisation", "delay")
+    }
+
+
+def test_every_table_of_the_document_exists():
+    named = re.findall(r"<!-- begin (\S+) -->", figures.DOCUMENT.read_text(encoding="utf-8"))
+    assert sorted(named) == sorted(TABLES)
+
+
+def test_results_of_other_data_are_not_compared(tmp_path):
+    for seed in (0, 1):
+        (tmp_path / f"{seed}.json").write_text(json.dumps(_result(MICRO, seed, 2.0, digest=str(seed))))
+    with pytest.raises(SystemExit, match="2 different data"):
+        results.read(tmp_path)
+
+
+def test_the_products_of_stacked_experts_are_linear_layers_bit_by_bit():
+    generator = torch.Generator().manual_seed(0)
+    sizes = [3, 0, 5]
+    rows = torch.randn(8, 6, generator=generator, requires_grad=True)
+    weight = torch.randn(3, 4, 6, generator=generator, requires_grad=True)
+    output = torch.cat([functional.linear(part, w) for part, w in zip(rows.split(sizes), weight)])
+    of_output = torch.randn(8, 4, generator=generator)
+    expected = torch.autograd.grad(output, (rows, weight), of_output)
+    ours = _Products.apply(rows, weight, sizes)
+    assert torch.equal(ours, output)
+    assert all(map(torch.equal, torch.autograd.grad(ours, (rows, weight), of_output), expected))
+
+
+def test_a_folder_without_data_is_named(tmp_path: Path):
+    with pytest.raises(SystemExit, match="no data in"):
+        data.index_of(tmp_path)
