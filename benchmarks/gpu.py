@@ -38,13 +38,13 @@ ROOT = Path(__file__).resolve().parents[1]
 # Seconds after which a stage is ended: (everything, quick). Most need much less; `steps` uses what it has.
 LIMITS = {
     "versions": (40, 40),
-    "tests": (120, 75),
+    "tests": (130, 75),
     "gloo": (110, 50),
     "nccl": (70, 45),
     "kernels": (100, 45),
-    "steps": (90, 45),
+    "steps": (150, 60),
 }
-BUDGETS = (360, 180)
+BUDGETS = (460, 200)
 KEPT = 25  # seconds of the budget that a stage leaves to each of those after it
 CPU_FACTOR = 5  # a processor is slower
 GRACE = 5  # seconds beyond what the stage was told

@@ -36,10 +36,11 @@ def groups_of_the_loss(model: torch.nn.Module) -> set[str]:
 
 def measured_delay(latency: Latency) -> float:
     """Microseconds that the spinning kernel really takes."""
+    cycles = latency.cycles()  # the first call calibrates, which takes as long as a thousand delays
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     begin.record()
     for _ in range(100):
-        torch.cuda._sleep(latency.cycles())
+        torch.cuda._sleep(cycles)
     end.record()
     end.synchronize()
     return begin.elapsed_time(end) * 10
@@ -97,6 +98,7 @@ def measure(stage: Stage) -> None:
             stage.data["delay, measured in us"][f"{delay:g}"] = round(measured_delay(latency), 1)
     seconds: dict[float, dict[str, list[float]]] = {delay: {name: [] for name in names} for delay in delays}
     reduced: dict[str, int] = {}
+    launched: list[float] = []
 
     def visit(name: str, delay: float) -> float:
         latency.seconds = delay / 1e6
@@ -107,7 +109,9 @@ def measure(stage: Stage) -> None:
             begin = time.perf_counter()
             for _ in range(STEPS):
                 run_step(model, shape, batches)
+            launching = time.perf_counter() - begin
             torch.cuda.synchronize()
+            launched.append(launching / (time.perf_counter() - begin))
             took = (time.perf_counter() - begin) / STEPS
         reduced[name] = len(latency.reduced) // STEPS
         return took
@@ -124,6 +128,8 @@ def measure(stage: Stage) -> None:
                 for name in order:
                     seconds[delay][name].append(visit(name, delay))
             number, longest = number + 1, max(longest, time.monotonic() - begin)
+            # Near 1 the step is as long as the host needs to launch it, and its time says nothing about the GPU.
+            stage.data["launched after, of a step"] = round(statistics.median(launched), 3)
             stage.data["rows"] = [row for delay in delays for row in summary(delay, seconds[delay], reduced)]
             stage.save()
             if stage.cpu:

@@ -143,7 +143,8 @@ def _steps(data: dict[str, Any]) -> list[str]:
         "backward and the step's end in Megatron's schedule and DDP, no optimizer. One GPU: the loss' all-reduces are forced "
         "and delayed, all others are not. Step time over that with `aux_loss` in the same round: median (smallest to largest) "
         f"of {rows[0]['rounds']} rounds. `aux_loss (again)` is the same thing measured twice. Delays as measured: {measured}. "
-        f"Memory {data.get('memory, GiB', '-')} GiB.",
+        f"The host had launched a step after {data.get('launched after, of a step', '-')} of its time. Memory "
+        f"{data.get('memory, GiB', '-')} GiB.",
         table(["loss", "all-reduces per step", "step, ms", *(f"{delay:g} us" for delay in delays)], lines),
     ]
 
