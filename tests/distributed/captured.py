@@ -9,22 +9,25 @@ from layout import Layout
 from megatron_log import forget_logged_losses, reported
 from truth import Problem, inputs, weights
 
+from megatron_global_lbl.core.fused.choice import FUSED
 
-def train_captured(problem: Problem, register: dict, on_gpu: bool = False) -> dict:
+
+def train_captured(problem: Problem, register: dict, on_gpu: bool = False, fused: bool | None = None) -> dict:
     """One rank's part: {"grads": [step] gradient of the router's weight, "collectives": how many the captured forward holds,
-    "logged": Megatron's load_balancing_loss, summed over the steps}.
+    "logged": Megatron's load_balancing_loss, summed over the steps, "fused": whether the kernels computed the loss}.
 
     Args:
         problem: of one layer; data parallelism only.
         register: arguments of `lbl.register`.
         on_gpu: real CUDA graphs; otherwise recorded operations and a faked capture flag.
+        fused: by the Triton kernels or in plain PyTorch; None: as it comes.
     """
     from megatron.core.distributed.finalize_model_grads import finalize_model_grads
     from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
     import megatron_global_lbl as lbl
 
-    with lbl.registered(**register) as handle:
+    with harness.loss_path(fused), lbl.registered(**register) as handle:
         forget_logged_losses()
         with _on_side_stream(
             on_gpu
@@ -73,7 +76,8 @@ def train_captured(problem: Problem, register: dict, on_gpu: bool = False) -> di
             steps.append((total / problem.dp).cpu())
             lbl.end_step()
         logged = reported(["load_balancing_loss"], problem.micro_batches, 1)["load_balancing_loss"]
-    return {"grads": steps, "collectives": forward_graph.collectives(), "logged": logged}
+        paths = set(handle.loss_paths.values())
+    return {"grads": steps, "collectives": forward_graph.collectives(), "logged": logged, "fused": paths == {FUSED}}
 
 
 class _CudaGraph:

@@ -29,11 +29,12 @@ def register_arguments(problem: Problem) -> dict:
     return arguments
 
 
-def run_ranks(workers, problem: Problem, layout: Layout, register: dict | None, fused: bool = False, **extra) -> list[dict]:
+def run_ranks(
+    workers, problem: Problem, layout: Layout, register: dict | None, fused: bool | None = None, **extra
+) -> list[dict]:
     """What `harness.run` returns, of every rank."""
     problem = dataclasses.replace(problem, pipeline=(layout.pp, layout.chunks), combined=layout.combined)
-    run = harness.run_fused if fused else harness.run
-    return workers.run(run, layout.world_size(problem), problem, layout, register, extra)
+    return workers.run(harness.run_with_path, layout.world_size(problem), fused, problem, layout, register, extra)
 
 
 def check(
@@ -43,7 +44,7 @@ def check(
     *,
     sync: str = "overlap",
     without: dict | None = None,
-    fused: bool = False,
+    fused: bool | None = None,
     **extra,
 ):
     """Every layer's gradients on every rank, every step, against the truth.
@@ -53,7 +54,7 @@ def check(
         layout: how.
         sync: `--moe-lbl-sync`.
         without: fields of TransformerConfig for a run of Megatron alone whose gradient is subtracted: its own other losses.
-        fused: every loss has to be computed by the Triton kernels.
+        fused: every loss has to be computed by the Triton kernels, or none; None: as it comes.
         extra: more fields of TransformerConfig.
     """
     masks = masks_of_release(problem, layout)
@@ -62,9 +63,9 @@ def check(
     low_precision = problem.dtype != "float32"
     expected = truth.gradients(problem, assembled_selections(problem, ranks) if low_precision else None)
     baseline = None if without is None else run_ranks(workers, problem, layout, None, **{**extra, **without})
-    if fused:
+    if fused is not None:
         paths = {path for rank in ranks for path in rank["loss_paths"].values()}
-        assert paths == {FUSED}, f"not all computed by the kernels: {paths}"
+        assert {path == FUSED for path in paths} == {fused}, f"another path than asked for: {paths}"
     compared = overflowed = 0
     for rank, result in enumerate(ranks):
         for step, by_layer in enumerate(result["grads"]):

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import math
 import os
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
+from unittest import mock
 
 import torch
 from layout import Layout
@@ -40,13 +42,17 @@ def run(problem: Problem, layout: Layout, register: dict[str, Any] | None, extra
         return {**_train(problem, layout, extra or {}), "hooked": handle.hooked, "loss_paths": handle.loss_paths}
 
 
-def run_fused(*arguments):
-    """`run` with the loss computed by the Triton kernels, which Triton's interpreter runs where there is no GPU."""
-    os.environ["MEGATRON_GLOBAL_LBL_FUSED"] = "1"
-    try:
+@contextmanager
+def loss_path(fused: bool | None):
+    """By the Triton kernels (which Triton's interpreter runs where there is no GPU) or in plain PyTorch; None: as it comes."""
+    with mock.patch.dict(os.environ, {} if fused is None else {"MEGATRON_GLOBAL_LBL_FUSED": str(int(fused))}):
+        yield
+
+
+def run_with_path(fused: bool | None, *arguments):
+    """`run` with this path of the loss."""
+    with loss_path(fused):
         return run(*arguments)
-    finally:
-        del os.environ["MEGATRON_GLOBAL_LBL_FUSED"]
 
 
 def build(problem: Problem, layout: Layout, extra: dict[str, Any]):
