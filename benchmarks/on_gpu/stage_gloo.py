@@ -47,7 +47,6 @@ def main() -> None:
     stage = Stage("gloo")
     from compare import check
     from gloo_on_gpu import STAGED
-    from plain_path import PlainPool
     from workers import Pool
 
     stage.data["staged through the host"] = STAGED
@@ -59,9 +58,9 @@ def main() -> None:
                 stage.skip(name, "the workers had to be started again too often" if restarts > RESTARTS else "no time left")
                 continue
             extra = {"router_dtype": "fp32"} if problem.dtype == "bfloat16" else {}
-            plain = name.startswith("plain path")
+            fused = False if name.startswith("plain path") else None if stage.cpu else True
             with stage.check(name) as entry:
-                check(PlainPool(pool) if plain else pool, problem, layout, fused=not (plain or stage.cpu), **extra)
+                check(pool, problem, layout, fused=fused, **extra)
             if "CUDA error" in entry["detail"]:  # after one a process is of no use
                 pool.close()
             restarts += not pool.alive

@@ -75,16 +75,11 @@ def check_kernels(case: Case, device: str) -> None:
     gradient_E, incoming = random(case.experts).abs(), (0.1 * random(case.tokens, case.experts)).to(case.dtype)
     (exact_scores * gradient_E.double() * FACTOR * SCALE).sum().backward()
     assert exact.grad is not None
-    for scale in (torch.tensor([SCALE], device=device), SCALE):
-        outgoing = launch.add_to_gradient(
-            logits, padding, gradient_E, FACTOR, scale, incoming, score_function=case.score_function
-        )
-        assert outgoing.dtype is case.dtype
-        _require_close(outgoing, incoming.double() + exact.grad, GRADIENT_ERROR[case.dtype], f"{case}: gradient")
-        if case.dtype is torch.float32:  # of the loss alone
-            zero = torch.zeros_like(incoming)
-            alone = launch.add_to_gradient(logits, padding, gradient_E, FACTOR, scale, zero, score_function=case.score_function)
-            _require_close(alone, exact.grad, GRADIENT_ERROR[case.dtype], f"{case}: gradient of the loss")
+    scale = torch.tensor([SCALE], device=device) if case.padded else SCALE
+    for what, comes_in in {"gradient": incoming, "gradient of the loss": torch.zeros_like(incoming)}.items():
+        out = launch.add_to_gradient(logits, padding, gradient_E, FACTOR, scale, comes_in, score_function=case.score_function)
+        assert out.dtype is case.dtype
+        _require_close(out, comes_in.double() + exact.grad, GRADIENT_ERROR[case.dtype], f"{case}: {what}")
 
 
 def _require_close(actual: Tensor, true: Tensor, error: float, what: str) -> None:
