@@ -1,6 +1,7 @@
 # make demo     train one small MoE with three scopes on this machine, compare them (no GPU needed)
 # make test     every test that runs without a GPU, with the pinned Megatron-Core
 # make test-versions   the core of the gradient tests with every other supported Megatron-Core release
+# make test-preview    the same with Megatron-LM's main: MEGATRON_LM_DIR is a git repository of it
 # make checks   format, lint, types
 # All of them set themselves up: a virtual environment in .venv with the versions of constraints.txt.
 SHELL := /bin/bash
@@ -11,12 +12,14 @@ DEMO_OUT ?= demo-out
 # Processes that tests run in; some of them start up to 4 ranks of their own.
 TEST_JOBS ?= 2
 VERSIONS ?= 0.14.0 0.15.3 0.16.1 0.17.1 0.18.2
+# The commit of Megatron-LM's main that the preview of 0.20 was tested with (2026-08-22).
+PREVIEW ?= d98e8a64ddf34856e74b24714e3bedb2f5a39553
 # Where shell scripts are (found by their first line, so none can be forgotten).
 SCRIPT_DIRS := .ci benchmarks examples patches scripts tests
 
-.PHONY: help demo test test-versions checks format venv clean
+.PHONY: help demo test test-versions test-preview checks format venv clean
 help:
-	@sed -n '1,5s/^# //p' Makefile
+	@sed -n '1,6s/^# //p' Makefile
 
 venv: $(STAMP)
 $(STAMP): setup.py constraints.txt scripts/find-python
@@ -38,6 +41,13 @@ test-versions: $(STAMP)
 	set -e; for release in $(VERSIONS); do echo "== Megatron-Core $$release"; \
 	  PYTHONPATH=$(CURDIR)/.versions/$$release MEGATRON_RELEASE=$$release \
 	  $(BIN)/python -m pytest -q -n $(TEST_JOBS) --dist loadgroup -m core tests/distributed; done
+
+test-preview: $(STAMP)
+	@test -n "$(MEGATRON_LM_DIR)" || { echo "MEGATRON_LM_DIR is not set; allowed: a git repository of Megatron-LM" >&2; exit 2; }
+	rm -rf .versions/preview && mkdir -p .versions/preview
+	git -C "$(MEGATRON_LM_DIR)" archive $(PREVIEW) megatron | tar -x -C .versions/preview
+	touch .versions/preview/megatron/__init__.py
+	PYTHONPATH=$(CURDIR)/.versions/preview MEGATRON_RELEASE=0.20.0 $(BIN)/python -m pytest -q -m core tests/distributed
 
 checks: $(STAMP)
 	$(BIN)/ruff format --check .

@@ -31,8 +31,8 @@ def long_description() -> str:
 EXTRAS = {
     # Megatron-Core from the package index. Releases >= 0.17 need Python 3.12 and carry megatron.training as well. What that
     # needs without asking for it: psutil to save torch_dist checkpoints; PyYAML to be imported at all in 0.17 and 0.18;
-    # pybind11 in a Megatron-LM source tree, which compiles its dataset helper with it.
-    "megatron": ["megatron-core>=0.14,<0.20", "torch>=2.6", "numpy", "packaging", "psutil", "pyyaml", "pybind11"],
+    # pybind11 in a Megatron-LM source tree, which compiles its dataset helper with it; einops for Megatron FSDP.
+    "megatron": ["megatron-core>=0.14,<0.20", "torch>=2.6", "numpy", "packaging", "psutil", "pyyaml", "pybind11", "einops"],
     # Transformer Engine, for the layouts in which Megatron itself requires it.
     "te": ["transformer-engine[pytorch]"],
     # What reads a run's balance record (NumPy) and shows it: pictures (Matplotlib) on a page (Jinja2), tables in the terminal

@@ -36,6 +36,7 @@ RULES = (
     Rule("nccl_ub", False, "an option of NCCL"),
     Rule("pipeline_model_parallel_comm_backend", None, "gloo is the only backend"),
     Rule("use_sharp", False, "an option of NCCL"),
+    Rule("gradient_reduce_div_fusion", False, "an option of NCCL"),
     Rule("sharp_enabled_group", None, "an option of NCCL"),
     Rule("use_ring_exchange_p2p", False, CUDA_KERNEL),
     Rule("transformer_impl", "local", TE),

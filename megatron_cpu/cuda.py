@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import graph
+from torch.distributed.device_mesh import DeviceMesh
 from torch.overrides import TorchFunctionMode
 from torch.utils.data.dataloader import _BaseDataLoaderIter
 
@@ -252,6 +253,14 @@ def install() -> None:
 
     # PyTorch's own code (optimizers, data loader) asks here, and goes on to the driver when told yes. It gets the truth.
     torch.accelerator.is_available = lambda: False
+
+    # Meshes of process groups (Megatron FSDP) name their device by its type, which is no torch function's argument.
+    from_group = DeviceMesh.from_group
+
+    def from_group_on_cpu(group: Any, device_type: str, *args: Any, **kwargs: Any) -> DeviceMesh:
+        return from_group(group, str(_on_cpu(device_type)), *args, **kwargs)
+
+    DeviceMesh.from_group = staticmethod(from_group_on_cpu)  # type: ignore[method-assign, assignment]
 
     # A data loader draws a seed from the CPU generator when it starts. With a GPU that leaves dropout's generator alone; a
     # resumed run, which starts its loaders after it has loaded its RNG state, would go another way without this.

@@ -53,7 +53,9 @@ class Handle:
     def _install(self) -> None:
         if self.settings.scope is Scope.MICRO and self.settings.metrics_dir is None:
             return  # Megatron as it is
-        from megatron_global_lbl.hook import checkpoint, recomputation, rerun, router, step
+        from megatron_global_lbl.hook import checkpoint, recomputation, rerun, router, step, versions
+
+        versions.say_preview()
 
         for hook in (router, recomputation, step, rerun):
             hook.install(self._patches, self._engine)

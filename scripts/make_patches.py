@@ -23,7 +23,16 @@ from megatron_global_lbl.command.insertions import insert  # noqa: E402
 
 PATCHES = ROOT / "patches"
 FILE = "megatron/training/arguments.py"
-TAGS = ("core_v0.14.0", "core_v0.15.3", "core_v0.16.1", "core_v0.17.1", "core_v0.18.2", "core_v0.19.0")
+TAGS = (
+    "core_v0.14.0",
+    "core_v0.15.3",
+    "core_v0.16.1",
+    "core_v0.17.0",
+    "core_v0.17.1",
+    "core_v0.18.0",
+    "core_v0.18.2",
+    "core_v0.19.0",
+)
 
 
 def table(patches: list[dict[str, str]]) -> str:

@@ -91,7 +91,7 @@ def _look_at(tree: Path) -> None:
 
 def _megatron() -> tuple[list[Section], bool]:
     """What Megatron-Core is, where the hook attaches, and what upstream's loss has; whether the hook does attach."""
-    from megatron_global_lbl.hook.versions import SUPPORTED, UnsupportedMegatron, installed_version, require_supported
+    from megatron_global_lbl.hook.versions import SUPPORTED, UnsupportedMegatron, installed_version, preview, require_supported
 
     title = "Megatron-Core"
     try:
@@ -107,7 +107,7 @@ def _megatron() -> tuple[list[Section], bool]:
         release = require_supported()
     except UnsupportedMegatron:
         return [(title, [*lines, *_entry("supported", f"NO; supported: {SUPPORTED}")])], False
-    lines += _entry("supported", f"yes (supported: {SUPPORTED})")
+    lines += _entry("supported", preview(version) or f"yes (supported: {SUPPORTED})")
     lines += _entry("megatron.training", _training_loop(folder))
     hooks, attached = _hooks()
     defects = ("upstream's global_aux_loss in this release (docs/upstream.md)", _defects(release))

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 from megatron_global_lbl.command.files import replace_file
 from megatron_global_lbl.command.insertions import DoesNotFit, fits, insert, remove
+from megatron_global_lbl.hook.versions import SUPPORTED, is_supported, preview, release
 
 PACKAGE = Path(__file__).parents[1]
 LAUNCHER = "torchrun ... -m megatron_global_lbl pretrain_gpt.py ARGS --moe-lbl-scope global"
@@ -33,9 +34,12 @@ class Pinned(NamedTuple):
     checked: str
 
     @property
+    def version(self) -> str:
+        return self.tag.removeprefix("core_v")
+
+    @property
     def release(self) -> tuple[int, int]:
-        major, minor, _ = self.tag.removeprefix("core_v").split(".")
-        return int(major), int(minor)
+        return release(self.version)
 
     @property
     def path(self) -> Path:
@@ -76,28 +80,33 @@ def patch(tree: Path, *, check: bool = False, reverse: bool = False) -> str:
     """Apply the patch for the tree's release, or take it out; what was done, in one line.
 
     Raises:
-        Refused: no Megatron, no pinned release, or a file that is not the release's own.
+        Refused: no Megatron, an unsupported or no pinned release, or a file that is not the release's own.
         DoesNotFit: the checksums are damaged.
         OSError: a file cannot be read or written.
     """
     name, releases = pinned()
     version = find_version(tree)
+    tags = ", ".join(entry.tag for entry in releases)
+    if not is_supported(version):
+        raise Refused(
+            f"{tree} is Megatron-Core {version}, which is not supported, with a patch or without; supported: {SUPPORTED}; "
+            f"there are patches for {tags}"
+        )
     file = tree / name
     if not file.is_file():
         raise Refused(
             f"{file} is missing: Megatron-Core {version} without its training loop. Allowed: a Megatron-LM source tree, or "
             "the folder of an installed wheel of megatron-core >= 0.17"
         )
-    release = tuple(map(int, version.split(".")[:2]))
-    known = next((entry for entry in releases if entry.release == release), None)
-    if known is None:
-        tags = ", ".join(entry.tag for entry in releases)
-        raise Refused(f"{tree} is Megatron-Core {version}; there are patches for {tags}.\n{without_patch()}")
+    candidates = [entry for entry in releases if entry.release == release(version)]
+    if not candidates:
+        raise Refused(f"{tree} is Megatron-Core {version}; there are patches for {tags}.\n{without_patch(version)}")
     content = file.read_bytes()
-    found = hashlib.sha256(content).hexdigest()
-    if found not in (known.before, known.after):
-        raise Refused(what_differs(tree, name, version, content, known, releases))
-    is_patched = found == known.after
+    known = next((entry for entry in candidates if _is_of(entry, content)), None)
+    if known is None:
+        nearest = next((entry for entry in candidates if entry.version == version), candidates[-1])
+        raise Refused(what_differs(tree, name, version, content, nearest, releases))
+    is_patched = hashlib.sha256(content).hexdigest() == known.after
     said = f"{file} ({known.tag})"
     if check:
         return f"{said}: patched" if is_patched else f"{said}: not patched; the patch fits"
@@ -126,9 +135,10 @@ def find_version(tree: Path) -> str:
     return f"{values['MAJOR']}.{values['MINOR']}.{values['PATCH']}{values.get('PRE_RELEASE', '')}"
 
 
-def without_patch() -> str:
-    """What works on every supported tree."""
-    return f"Without a patch: {LAUNCHER}"
+def without_patch(version: str) -> str:
+    """What works on every tree of a supported version that has its training loop; the launcher refuses all others."""
+    note = preview(version)
+    return f"Without a patch: {LAUNCHER}" + (f" ({note})" if note else "")
 
 
 def what_differs(tree: Path, name: str, version: str, content: bytes, known: Pinned, releases: list[Pinned]) -> str:
@@ -143,7 +153,7 @@ def what_differs(tree: Path, name: str, version: str, content: bytes, known: Pin
     lines += [f"  It is the file of {entry.tag}." for entry in releases if _is_of(entry, content)]
     if differences := _against_git(tree, name, content, known):
         lines.append(f"  Lines that differ from {known.tag}: {differences}")
-    lines.append(f"What you can do:\n  - {without_patch()}")
+    lines.append(f"What you can do:\n  - {without_patch(version)}")
     if fits(content, known.release) and b"megatron_global_lbl" not in content:
         lines.append(f"  - Apply it by hand, its places are still there: patch -d {tree} -p1 < {known.path}")
     lines.append(f"  - Put the file of {known.tag} back (commit {known.commit}), run this, then make your changes again.")

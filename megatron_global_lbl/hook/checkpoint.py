@@ -7,14 +7,21 @@ has the layer, so a run can be resumed with another layout. Replaced are
     generate_state_dict     called with an iteration when saving (without one it only describes what to load)
     unwrap_model            called first when loading: says for which model
     _load_base_checkpoint   returns the state dict that was read
+
+The format of Megatron FSDP, `fsdp_dtensor`, would take the entry apart and reads only what it is asked for: there the entry is
+one sequence of bytes, and asked for where a checkpoint has it.
 """
 
 from __future__ import annotations
 
+import importlib
+import io
 import weakref
 
+import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.checkpoint import FileSystemReader
 
 from megatron_global_lbl.core.collective import gather_objects
 from megatron_global_lbl.core.engine import Engine
@@ -24,6 +31,7 @@ from megatron_global_lbl.hook.patching import Patches
 
 CHECKPOINTING = "megatron.training.checkpointing"
 ENTRY = "moe_lbl_window"
+FSDP_FORMAT = "fsdp_dtensor"
 
 
 def install(patches: Patches, engine: Engine) -> None:
@@ -35,7 +43,8 @@ def install(patches: Patches, engine: Engine) -> None:
             state_dict = original(args, model, *positional, iteration=iteration, **kwargs)
             if iteration is not None:
                 refusals.refuse_checkpoint_format(args.ckpt_format, "--moe-lbl-scope window")
-                state_dict[ENTRY] = _all_stages(engine.state(routers_of(model)))
+                window = _all_stages(engine.state(routers_of(model)))
+                state_dict[ENTRY] = _to_bytes(window) if args.ckpt_format == FSDP_FORMAT else window
             return state_dict
 
         return generate_state_dict
@@ -49,13 +58,15 @@ def install(patches: Patches, engine: Engine) -> None:
 
     def wrap_load(original):
         def _load_base_checkpoint(load_dir, args, *positional, **kwargs):
+            rank0 = kwargs.get("rank0", positional[0] if positional else False)
+            if not rank0 and args.ckpt_format == FSDP_FORMAT and _is_in_checkpoint(args):
+                kwargs["sharded_state_dict"][ENTRY] = None
             result = original(load_dir, args, *positional, **kwargs)
             state_dict = result[0]
-            rank0 = kwargs.get("rank0", positional[0] if positional else False)
             # With rank0 only the arguments are wanted.
             if state_dict is not None and not rank0 and not args.finetune:
                 if ENTRY in state_dict:
-                    saved = state_dict[ENTRY]
+                    saved = _from_bytes(state_dict[ENTRY])
                     model = [chunk for reference in last_unwrapped if (chunk := reference()) is not None]
                     engine.load(saved, routers_of(model))
                     steps = max((len(layer["counts"]) for layer in saved.values()), default=0)
@@ -77,6 +88,25 @@ def _all_stages(state: dict[str, dict]) -> dict[str, dict]:
 
     stages = gather_objects(state, parallel_state.get_pipeline_model_parallel_group())
     return {name: entry for stage in stages for name, entry in stage.items()}
+
+
+def _is_in_checkpoint(args) -> bool:
+    """Whether a checkpoint of the format `fsdp_dtensor` has the entry: to ask for one that is not there may be an error."""
+    path = importlib.import_module(CHECKPOINTING).get_load_checkpoint_path_by_args(args)
+    try:
+        return ENTRY in FileSystemReader(path).read_metadata().state_dict_metadata
+    except FileNotFoundError:  # no checkpoint: Megatron says so
+        return False
+
+
+def _to_bytes(window: dict[str, dict]) -> bytes:
+    stream = io.BytesIO()
+    torch.save(window, stream)
+    return stream.getvalue()
+
+
+def _from_bytes(entry: dict[str, dict] | bytes) -> dict[str, dict]:
+    return torch.load(io.BytesIO(entry), weights_only=True) if isinstance(entry, bytes) else entry
 
 
 def _say(text: str) -> None:

@@ -10,7 +10,10 @@ from megatron_global_lbl.hook import compatibility
 from megatron_global_lbl.hook.log import KEYS
 from megatron_global_lbl.settings import ConfigError, Scope, Settings, flag
 
-CHECKPOINT_FORMATS = ("torch", "torch_dist")
+CHECKPOINT_FORMATS = ("torch", "torch_dist", "fsdp_dtensor")
+
+MEGATRON_FSDP = "FullyShardedDataParallel"  # the class; PyTorch's is TorchFullyShardedDataParallel
+PROVEN_WRAPPERS = "Megatron's DDP, or --use-megatron-fsdp"
 
 
 def asked_for(settings: Settings) -> str:
@@ -41,9 +44,8 @@ def refuse_arguments(args: Any, settings: Settings) -> None:
     chosen = asked_for(settings)
     refuse_nothing_to_act_on(args, chosen)
     settings.require_group_size_fits(args.data_parallel_size)
-    for name in ("use_megatron_fsdp", "use_torch_fsdp2", "use_custom_fsdp"):
-        if getattr(args, name, False):
-            raise ConfigError(f"{chosen} is not supported with --{name.replace('_', '-')} yet; allowed: Megatron's DDP")
+    if getattr(args, "use_torch_fsdp2", False):
+        raise ConfigError(f"{chosen} is not supported with --use-torch-fsdp2 yet; allowed: {PROVEN_WRAPPERS}")
     refuse_no_warm_up(args, chosen)
     if compatibility.cuda_graphs(args) != "none":
         for name in ("metrics_dir", "start_iter"):  # both need Python in every forward
@@ -136,10 +138,8 @@ def refuse_model(model: list) -> None:
     """
     for chunk in model:
         name = type(chunk).__name__
-        if "FullyShardedDataParallel" in name:
-            raise ConfigError(
-                f"--moe-lbl-scope is not supported with {name} (Megatron FSDP, FSDP2) yet; allowed: Megatron's DDP"
-            )
+        if "FullyShardedDataParallel" in name and name != MEGATRON_FSDP:
+            raise ConfigError(f"--moe-lbl-scope is not supported with {name} yet; allowed: {PROVEN_WRAPPERS}")
 
 
 def refuse_replaced_symbols(lost: list[str]) -> None:

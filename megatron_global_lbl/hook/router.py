@@ -151,7 +151,9 @@ def _loss(router) -> RouterLoss | None:
 def _gradient_is_gone(router) -> bool:
     """A new step has begun in a loop without Megatron's DDP: the gradient of the router's last backward was set to None."""
     weight = router.weight
-    return weight.requires_grad and weight.grad is None and not hasattr(weight, "main_grad")
+    # Megatron's DDP and FSDP take the gradient away themselves, and say when a step begins.
+    has_wrapper = hasattr(weight, "main_grad") or hasattr(weight, "get_main_grad")
+    return weight.requires_grad and weight.grad is None and not has_wrapper
 
 
 def _applications(router) -> int:

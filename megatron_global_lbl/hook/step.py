@@ -9,11 +9,14 @@ when it runs is replaced instead:
     DistributedDataParallel.zero_grad_buffer     a step starts from zero gradients: what a failed one counted is void
     FullCudaGraphWrapper.__call__                runs a step with its `finalize_model_grads`, or replays it without any Python:
                                                  the step ends after it
+    ParamAndGradBuffer.zero_grad                 the same of Megatron FSDP, whose `zero_grad_buffer` is handed around by value
 """
 
 from __future__ import annotations
 
 import sys
+
+from torch import nn
 
 from megatron_global_lbl.core.engine import Engine
 from megatron_global_lbl.hook import compatibility, refusals
@@ -23,6 +26,7 @@ from megatron_global_lbl.hook.patching import Patches
 FINALIZE = "megatron.core.distributed.finalize_model_grads"
 DDP = "megatron.core.distributed.distributed_data_parallel"
 WHOLE_GRAPH = "megatron.core.full_cuda_graph"
+FSDP = "megatron.core.distributed.fsdp.src.megatron_fsdp.param_and_grad_buffer"
 
 
 def install(patches: Patches, engine: Engine) -> None:
@@ -31,7 +35,8 @@ def install(patches: Patches, engine: Engine) -> None:
     def wrap_begin(original):
         def zero_grad_buffer(self, *args, **kwargs):
             if engine.may_have_counted:
-                engine.begin_step(routers_of(self).values())
+                # Megatron FSDP's buffer is no module, and holds the model.
+                engine.begin_step(routers_of(self if isinstance(self, nn.Module) else self.module).values())
             return original(self, *args, **kwargs)
 
         return zero_grad_buffer
@@ -74,6 +79,8 @@ def install(patches: Patches, engine: Engine) -> None:
         return __call__
 
     patches.wrap(DDP, "DistributedDataParallel.zero_grad_buffer", wrap_begin)
+    if FSDP in sys.modules:  # `megatron.core.distributed` has imported it by now, if it can be
+        patches.wrap(FSDP, "ParamAndGradBuffer.zero_grad", wrap_begin)
     patches.wrap(FINALIZE, "_allreduce_non_tensor_model_parallel_grads", wrap_end)
     patches.wrap(WHOLE_GRAPH, "FullCudaGraphWrapper.__call__", wrap_whole_step)
     if compatibility.has_global_aux_loss():

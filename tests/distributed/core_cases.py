@@ -7,14 +7,15 @@ before 0.19), process groups, padding masks, dispatchers, recomputation.
 from __future__ import annotations
 
 import importlib.metadata
+import os
 
 from layout import Layout
 from truth import Problem
 
 from megatron_global_lbl.hook.versions import release
 
-# From its metadata: 0.15 cannot be imported without a GPU or the workers' stand-in for one.
-VERSION = importlib.metadata.version("megatron-core")
+# From its metadata: 0.15 cannot be imported without a GPU or the workers' stand-in for one. A source tree has none.
+VERSION = os.environ.get("MEGATRON_RELEASE") or importlib.metadata.version("megatron-core")
 RELEASE = release(VERSION)
 
 CORE = {

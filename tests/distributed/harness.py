@@ -12,6 +12,7 @@ from functools import partial
 from typing import Any
 from unittest import mock
 
+import fully_sharded
 import torch
 from layout import Layout
 from megatron_log import forget_logged_losses
@@ -72,6 +73,7 @@ def initialize(layout: Layout) -> None:
         context_parallel_size=layout.cp,
         expert_model_parallel_size=layout.ep,
         expert_tensor_parallel_size=layout.etp,
+        num_distributed_optimizer_instances=layout.instances,
     )
     tensor_parallel.model_parallel_cuda_manual_seed(1)
 
@@ -86,13 +88,10 @@ def build_model(problem: Problem, layout: Layout, extra: dict[str, Any], groups:
         groups: a `ProcessGroupCollection` instead of the groups that `initialize` made.
     """
     from megatron.core import parallel_state
-    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
     from megatron.core.distributed.finalize_model_grads import finalize_model_grads
     from megatron.core.transformer import TransformerConfig
-    from megatron.core.transformer.module import Float16Module
     from toy import Chunk
 
-    low_precision = problem.dtype != "float32"
     config = TransformerConfig(**_config_fields(problem, layout, extra))
     config.finalize_model_grads_func = finalize_model_grads
     config.overlap_moe_expert_parallel_comm = layout.combined  # here, because Megatron wants it in bf16 only
@@ -100,24 +99,36 @@ def build_model(problem: Problem, layout: Layout, extra: dict[str, Any], groups:
         config.grad_scale_func = lambda loss: loss * layout.loss_scale
     stage = parallel_state.get_pipeline_model_parallel_rank() if groups is None else groups.pp.rank()
     chunks = [Chunk(config, problem, layout, stage, chunk, groups).cuda() for chunk in range(layout.chunks)]
+    model: list[Any] = [_wrap(config, problem, layout, chunk, groups) for chunk in chunks]
+    if layout.overlap_grad_reduce:
+        functions = [chunk.no_sync for chunk in model]
+        config.no_sync_func = functions if len(model) > 1 else functions[0]
+    return config, model, chunks
+
+
+def load(chunk, wrapped, layout: Layout, of_step) -> None:
+    """Set a chunk's weights to those of a step."""
+    if layout.fsdp is None:
+        chunk.load(of_step)
+    else:
+        fully_sharded.load(wrapped, of_step)
+
+
+def _wrap(config, problem: Problem, layout: Layout, chunk, groups: Any):
+    """The chunk in Megatron's DDP, or its FSDP."""
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+    from megatron.core.transformer.module import Float16Module
+
+    module = chunk if problem.dtype == "float32" else Float16Module(config, chunk)
+    if layout.fsdp is not None:
+        return fully_sharded.wrap(config, layout, module)
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         overlap_grad_reduce=layout.overlap_grad_reduce,
         use_distributed_optimizer=layout.distributed_optimizer,
     )
-    model: list[Any] = [
-        DistributedDataParallel(
-            config=config,
-            ddp_config=ddp_config,
-            module=Float16Module(config, chunk) if low_precision else chunk,
-            **({} if groups is None else {"pg_collection": groups}),
-        )
-        for chunk in chunks
-    ]
-    if layout.overlap_grad_reduce:
-        functions = [chunk.no_sync for chunk in model]
-        config.no_sync_func = functions if len(model) > 1 else functions[0]
-    return config, model, chunks
+    arguments = {} if groups is None else {"pg_collection": groups}
+    return DistributedDataParallel(config=config, ddp_config=ddp_config, module=module, **arguments)
 
 
 def _config_fields(problem: Problem, layout: Layout, extra: dict[str, Any]) -> dict[str, Any]:
@@ -178,8 +189,8 @@ def _train(problem: Problem, layout: Layout, extra: dict[str, Any]):
     grads, selected = [], []
     machine = RerunStateMachine(mode=RerunMode.VALIDATE_RESULTS)
     for step in range(problem.steps):
-        for chunk in chunks:
-            chunk.load(weights(problem, step))
+        for chunk, wrapped in zip(chunks, model, strict=True):
+            load(chunk, wrapped, layout, weights(problem, step))
         shards = _my_shards(problem, layout, step)
         while machine.should_run_forward_backward(None):
             for wrapped in model:
@@ -217,7 +228,10 @@ def _train(problem: Problem, layout: Layout, extra: dict[str, Any]):
 def make_collectable(model) -> None:
     """Break cycles through autograd's C++ nodes, which Python cannot collect: they would keep a model and all its groups."""
     for wrapped in model:
-        wrapped.grad_accs.clear()
+        if hasattr(wrapped, "grad_accs"):
+            wrapped.grad_accs.clear()
+        else:
+            fully_sharded.remove_hooks(wrapped)
         for module in wrapped.modules():
             vars(module).pop("token_dispatcher", None)
 
@@ -226,6 +240,8 @@ def _main_grads(block, layout: Layout):
     """Copies of (W, router) `main_grad` on the CPU; None for a parameter that is frozen or not there."""
     pair = (block.below, None if block.moe is None else block.router.weight)
     scale = layout.loss_scale
+    if layout.fsdp is not None:
+        return tuple(None if p is None else (fully_sharded.main_grad(p) / scale).cpu() for p in pair)
     return tuple((p.main_grad.clone() / scale).cpu() if p is not None and hasattr(p, "main_grad") else None for p in pair)
 
 

@@ -22,6 +22,8 @@ class Layout:
     loss_scale: float = 1.0
     overlap_grad_reduce: bool = False
     distributed_optimizer: bool = False
+    fsdp: str | None = None  # Megatron FSDP with this sharding strategy, instead of DDP
+    instances: int = 1  # Megatron FSDP: outer data parallelism, over whole copies of what is sharded
     recompute: str | None = None  # full | selective | nested (one within the other)
     combined: bool = False  # combined 1F1B: --overlap-moe-expert-parallel-comm
     frozen: str | None = None  # router | below: parameters without gradient
@@ -40,4 +42,5 @@ class Layout:
         words += ["combined"] * self.combined
         words += [f"frozen-{self.frozen}"] * (self.frozen is not None)
         words += ["overlap"] * self.overlap_grad_reduce + ["distopt"] * self.distributed_optimizer
+        words += [f"fsdp-{self.fsdp}"] * (self.fsdp is not None) + [f"instances{self.instances}"] * (self.instances > 1)
         return "-".join(words) or "data"

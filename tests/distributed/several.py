@@ -72,7 +72,7 @@ class Model:
     def load(self, step: int | None = None) -> None:
         """Take the weights and inputs of the next step, or of another one."""
         step = self.step_number if step is None else step
-        self.toy.load(weights(self.problem, step))
+        harness.load(self.toy, self.chunks[0], self.layout, weights(self.problem, step))
         self._shards = harness.shards_at(self.problem, step, *self.place)
 
     def begin(self, step: int | None = None) -> None:

@@ -71,15 +71,15 @@ def fully_sharded(problem, layout, register):
     from megatron.core.distributed import DistributedDataParallel
 
     name = DistributedDataParallel.__name__
-    DistributedDataParallel.__name__ = "FullyShardedDataParallel"
+    DistributedDataParallel.__name__ = "TorchFullyShardedDataParallel"
     try:
         return harness.run(problem, layout, register)
     finally:
         DistributedDataParallel.__name__ = name
 
 
-def test_megatron_fsdp(workers):
-    with pytest.raises(CaseFailed, match="FullyShardedDataParallel .* yet; allowed: Megatron's DDP"):
+def test_pytorch_fsdp2(workers):
+    with pytest.raises(CaseFailed, match="TorchFullyShardedDataParallel yet; allowed: Megatron's DDP"):
         workers.run(fully_sharded, 1, Problem("global", 1, 1), Layout(), {"scope": "global"})
 
 

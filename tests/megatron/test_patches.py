@@ -1,7 +1,7 @@
 """The patches on real Megatron: the wheels' training code trains with the flag, and every pinned tag gives what is promised.
 
 The wheels of 0.17 and 0.18 are installed into .versions/ when they are not there. With MEGATRON_LM_DIR, a git repository of
-Megatron-LM with its tags (a bare one will do), all six patches are checked against the tags.
+Megatron-LM with its tags (a bare one will do), all patches are checked against the tags.
 """
 
 from __future__ import annotations
@@ -146,7 +146,7 @@ def test_without_the_plugin_it_starts_and_the_flag_says_what_to_install(patched)
 
 def test_every_pinned_release_has_its_patch():
     tags = {entry.tag for entry in PINNED}
-    assert tags == {f"core_v0.{minor}" for minor in ("14.0", "15.3", "16.1", "17.1", "18.2", "19.0")}
+    assert tags == {f"core_v0.{minor}" for minor in ("14.0", "15.3", "16.1", "17.0", "17.1", "18.0", "18.2", "19.0")}
     assert {path.stem for path in patches_dir().glob("*.patch")} == tags
 
 

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from megatron_global_lbl.hook.versions import SUPPORTED
+
 SYMBOLS = """
 import importlib
 router = importlib.import_module("megatron.core.transformer.moe.router")
@@ -91,11 +93,11 @@ def fake_megatron(folder: Path, version: str) -> str:
     return str(folder)
 
 
-@pytest.mark.parametrize("version", ["0.13.1", "0.20.0"])
+@pytest.mark.parametrize("version", ["0.13.1", "0.21.0"])
 def test_unsupported_megatron(tmp_path, version):
     result = python(REGISTER, fake_megatron(tmp_path, version))
     last = result.stderr.strip().splitlines()[-1]
-    assert last.endswith(f"UnsupportedMegatron: Megatron-Core {version} is not supported; supported: 0.14 to 0.19")
+    assert last.endswith(f"UnsupportedMegatron: Megatron-Core {version} is not supported; supported: {SUPPORTED}")
 
 
 def test_missing_symbol_is_named(tmp_path):

@@ -89,8 +89,8 @@ def test_real_apex_is_told_from_the_other(tmp_path):
 @pytest.mark.parametrize(
     "version, name, text",
     [
-        ("0.13.1", "supported", "NO; supported: 0.14 to 0.19"),
-        ("0.20.0+abc1234", "supported", "NO; supported: 0.14 to 0.19"),
+        ("0.13.1", "supported", "NO; supported: 0.14 to 0.19, and 0.20 as a preview"),
+        ("0.21.0+abc1234", "supported", "NO; supported: 0.14 to 0.19, and 0.20 as a preview"),
         ("0.19.2", "scope global", "TopKRouter.routing is not where it should be"),
     ],
 )

@@ -9,12 +9,14 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from megatron_global_lbl.command import files, main, patch
 from megatron_global_lbl.command.insertions import DoesNotFit, insert, insertions, remove
 
+ROOT = Path(__file__).parents[2]
 FILE = "megatron/training/arguments.py"
 (PARSER, ADDED), (PRINTED, ACTED) = ((after.decode(), text.decode()) for after, text in insertions((0, 18)))
 BEFORE = "".join(f"line {number}\n" for number in range(1, 31))
@@ -129,13 +131,36 @@ def test_says_which_lines_differ_in_a_git_checkout(tree, capsys, monkeypatch):
     assert "Lines that differ from core_v0.18.2: 3, 12-14\n" in refused(tree, capsys)
 
 
-@pytest.mark.parametrize("minor", [13, 20])
-def test_a_release_without_a_patch(tree, capsys, minor):
+def launcher_takes(tree) -> bool:
+    """Whether the launcher starts a script in the tree."""
+    script = tree / "pretrain_gpt.py"
+    script.write_text("print('started')")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tree), str(ROOT)])}
+    command = [sys.executable, "-m", "megatron_global_lbl", str(script)]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert (result.returncode == 0) == (result.stdout == "started\n"), result.stderr
+    return result.returncode == 0
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["with its training loop", "core only"])
+@pytest.mark.parametrize("minor", [13, 18, 20, 21])
+def test_points_to_the_launcher_where_that_runs_and_nowhere_else(tree, capsys, minor, training):
     info = tree / "megatron/core/package_info.py"
     info.write_text(info.read_text().replace("18", str(minor)))
+    (tree / "megatron/core/__init__.py").write_text(f"__version__ = '0.{minor}.2'\n")
+    (tree / "megatron/__init__.py").write_text("")
+    if training:  # a file that no patch is for, but that the launcher can hook
+        (tree / FILE).write_text("def add_megatron_arguments(parser): ...\ndef validate_args(args): ...\n")
+    else:
+        shutil.rmtree(tree / "megatron/training")
     said = refused(tree, capsys)
-    assert f"is Megatron-Core 0.{minor}.2; there are patches for core_v0.17.1, core_v0.18.2" in said
-    assert "-m megatron_global_lbl" in said
+    assert ("-m megatron_global_lbl" in said) == launcher_takes(tree), said
+    assert f"Megatron-Core 0.{minor}.2" in said
+    if minor in (13, 21):
+        assert "is not supported" in said and "0.14 to 0.19" in said
+    if minor == 20 and training:
+        assert "there are patches for core_v0.17.1, core_v0.18.2" in said
+        assert "preview: Megatron-Core 0.20.2 is newer than what is tested" in said
 
 
 def test_no_megatron_and_no_training_loop(tree, capsys):
