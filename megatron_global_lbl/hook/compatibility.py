@@ -35,6 +35,11 @@ def takes_sigmoid_in_float32() -> bool:
     return require_supported() >= (0, 17)
 
 
+def fsdp_is_proven() -> bool:
+    """Megatron FSDP was compared with the formula in 0.19 and later only."""
+    return require_supported() >= (0, 19)
+
+
 def stage_name(stage: dist.ProcessGroup) -> str:
     """Names this rank's pipeline stage in files: "pp" and its index, or its first rank without Megatron's global groups."""
     from megatron.core import parallel_state

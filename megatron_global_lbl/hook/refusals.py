@@ -13,7 +13,7 @@ from megatron_global_lbl.settings import ConfigError, Scope, Settings, flag
 CHECKPOINT_FORMATS = ("torch", "torch_dist", "fsdp_dtensor")
 
 MEGATRON_FSDP = "FullyShardedDataParallel"  # the class; PyTorch's is TorchFullyShardedDataParallel
-PROVEN_WRAPPERS = "Megatron's DDP, or --use-megatron-fsdp"
+PROVEN_WRAPPERS = "Megatron's DDP, or --use-megatron-fsdp on Megatron-Core >= 0.19 (no other was proven right)"
 
 
 def asked_for(settings: Settings) -> str:
@@ -44,8 +44,11 @@ def refuse_arguments(args: Any, settings: Settings) -> None:
     chosen = asked_for(settings)
     refuse_nothing_to_act_on(args, chosen)
     settings.require_group_size_fits(args.data_parallel_size)
-    if getattr(args, "use_torch_fsdp2", False):
-        raise ConfigError(f"{chosen} is not supported with --use-torch-fsdp2 yet; allowed: {PROVEN_WRAPPERS}")
+    for name in ("use_megatron_fsdp", "use_torch_fsdp2"):
+        if getattr(args, name, False) and not (name == "use_megatron_fsdp" and compatibility.fsdp_is_proven()):
+            raise ConfigError(f"{chosen} is not supported with --{name.replace('_', '-')}; allowed: {PROVEN_WRAPPERS}")
+    if getattr(args, "use_megatron_fsdp", False) and compatibility.cuda_graphs(args) != "none":
+        raise ConfigError(f"{chosen} with --use-megatron-fsdp is not supported with CUDA graphs (not proven right); allowed: without")
     refuse_no_warm_up(args, chosen)
     if compatibility.cuda_graphs(args) != "none":
         for name in ("metrics_dir", "start_iter"):  # both need Python in every forward
@@ -138,8 +141,8 @@ def refuse_model(model: list) -> None:
     """
     for chunk in model:
         name = type(chunk).__name__
-        if "FullyShardedDataParallel" in name and name != MEGATRON_FSDP:
-            raise ConfigError(f"--moe-lbl-scope is not supported with {name} yet; allowed: {PROVEN_WRAPPERS}")
+        if "FullyShardedDataParallel" in name and not (name == MEGATRON_FSDP and compatibility.fsdp_is_proven()):
+            raise ConfigError(f"--moe-lbl-scope is not supported with {name}; allowed: {PROVEN_WRAPPERS}")
 
 
 def refuse_replaced_symbols(lost: list[str]) -> None:

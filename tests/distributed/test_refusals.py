@@ -79,7 +79,7 @@ def fully_sharded(problem, layout, register):
 
 
 def test_pytorch_fsdp2(workers):
-    with pytest.raises(CaseFailed, match="TorchFullyShardedDataParallel yet; allowed: Megatron's DDP"):
+    with pytest.raises(CaseFailed, match="TorchFullyShardedDataParallel; allowed: Megatron's DDP"):
         workers.run(fully_sharded, 1, Problem("global", 1, 1), Layout(), {"scope": "global"})
 
 

@@ -52,7 +52,7 @@ def with_a_paged_stash(a, handle):
     runner.stash_manager = SimpleNamespace(overflow=None, host_spill=None, release_stash_buffers=lambda: None)
     runner.model, runner.moe_layers, runner._configs_to_sync_moe_paged_stash = a.chunks, [], []
     runner.optimizer = runner.forward_backward_func = None
-    runner.copy_main_params = False
+    runner.copy_main_params, runner._required_recv_capacity = False, None  # the second since 0.20
     a.step()
     a.step(a.step_number)
     runner.prepare_for_rerun(is_training=True)

@@ -5,7 +5,7 @@ import argparse
 import pytest
 
 from megatron_global_lbl import flags
-from megatron_global_lbl.settings import Settings
+from megatron_global_lbl.settings import ConfigError, Settings
 
 
 def arguments(*command_line: str, **megatron) -> argparse.Namespace:
@@ -45,7 +45,11 @@ GLOBAL = ("--moe-lbl-scope", "global")
         (arguments("--moe-lbl-scope", "window", "--moe-lbl-window-steps", "0"), "allowed: an integer >= 1"),
         (arguments(*GLOBAL, "--moe-lbl-start-iter", "-1"), "--moe-lbl-start-iter -1: not allowed"),
         (arguments("--moe-lbl-metrics-dir", "d", moe_aux_loss_coeff=0.0), "--moe-lbl-metrics-dir d has nothing to act on"),
-        (arguments(*GLOBAL, use_megatron_fsdp=True), "not supported with --use-megatron-fsdp yet"),
+        (arguments(*GLOBAL, use_torch_fsdp2=True), "not supported with --use-torch-fsdp2; allowed: Megatron's DDP"),
+        (
+            arguments(*GLOBAL, use_megatron_fsdp=True, cuda_graph_impl="local"),
+            "with --use-megatron-fsdp is not supported with CUDA graphs (not proven right); allowed: without",
+        ),
         (
             arguments(*GLOBAL, cuda_graph_impl="full_iteration", cuda_graph_warmup_steps=0),
             "not supported with full_iteration CUDA graphs and --cuda-graph-warmup-steps 0; allowed: 1 or more",
@@ -76,6 +80,19 @@ def test_refused_with_one_line(args, message, monkeypatch, capsys):
     assert exit.value.code == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert message in line and line.startswith("megatron_global_lbl: error: ")
+
+
+@pytest.mark.parametrize("release", [(0, 18), (0, 19), (0, 20)])
+def test_megatron_fsdp_where_it_was_proven(release, monkeypatch):
+    from megatron_global_lbl.hook import compatibility, refusals
+
+    monkeypatch.setattr(compatibility, "require_supported", lambda: release)
+    args = arguments(*GLOBAL, use_megatron_fsdp=True)
+    if release >= (0, 19):
+        refusals.refuse_arguments(args, Settings.create(scope="global"))
+        return
+    with pytest.raises(ConfigError, match="not supported with --use-megatron-fsdp; allowed: .* Megatron-Core >= 0.19"):
+        refusals.refuse_arguments(args, Settings.create(scope="global"))
 
 
 @pytest.mark.parametrize(
