@@ -28,6 +28,7 @@ gloo itself has every collective and data type that Megatron's training loop use
 from __future__ import annotations
 
 import os
+import sys
 
 _installed = False
 
@@ -44,8 +45,10 @@ def install() -> None:
     # Megatron's fused functions are `torch.compile`d. Their plain form computes the same, and compiling them for the CPU
     # takes minutes. Read when `torch._dynamo` is imported, so it comes before anything of torch.
     os.environ["TORCHDYNAMO_DISABLE"] = "1"
-    # Megatron asks for this with tensor parallelism on the GPUs it believes to have; scripts for other GPUs leave it out.
-    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    # Megatron asks for this with tensor parallelism on the GPUs it believes to have; scripts for other GPUs leave it out. Its
+    # FSDP refuses it.
+    if "--use-megatron-fsdp" not in sys.argv:
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
 
     from megatron_cpu import cuda, gloo
 

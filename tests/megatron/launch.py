@@ -45,11 +45,20 @@ class Run:
         return {step: (losses[step], norms[step]) for step in losses}
 
 
-def train(directory: Path, *arguments: str, processes: int = 2, plugin: bool = True, check: bool = True) -> Run:
-    """Train the tiny model with extra arguments; without the plugin it is Megatron alone in the same CPU mode."""
+def train(
+    directory: Path,
+    *arguments: str,
+    processes: int = 2,
+    plugin: bool = True,
+    check: bool = True,
+    leave_out: tuple[str, ...] = (),
+) -> Run:
+    """Train the tiny model with extra arguments, and without some of its flags that take no value; without the plugin it is
+    Megatron alone in the same CPU mode."""
     launcher = ["-m", "megatron_global_lbl", "--cpu"] if plugin else [str(Path(__file__).parent / "without_plugin.py")]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    command += [*launcher, str(SCRIPT), *TINY, "--tensorboard-dir", str(directory / "tensorboard"), *arguments]
+    tiny = [argument for argument in TINY if argument not in leave_out]
+    command += [*launcher, str(SCRIPT), *tiny, "--tensorboard-dir", str(directory / "tensorboard"), *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     result = subprocess.run(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=TIMEOUT_SECONDS, env=environment
