@@ -48,7 +48,9 @@ def refuse_arguments(args: Any, settings: Settings) -> None:
         if getattr(args, name, False) and not (name == "use_megatron_fsdp" and compatibility.fsdp_is_proven()):
             raise ConfigError(f"{chosen} is not supported with --{name.replace('_', '-')}; allowed: {PROVEN_WRAPPERS}")
     if getattr(args, "use_megatron_fsdp", False) and compatibility.cuda_graphs(args) != "none":
-        raise ConfigError(f"{chosen} with --use-megatron-fsdp is not supported with CUDA graphs (not proven right); allowed: without")
+        raise ConfigError(
+            f"{chosen} with --use-megatron-fsdp is not supported with CUDA graphs (not proven right); allowed: without"
+        )
     refuse_no_warm_up(args, chosen)
     if compatibility.cuda_graphs(args) != "none":
         for name in ("metrics_dir", "start_iter"):  # both need Python in every forward

@@ -47,10 +47,6 @@ GLOBAL = ("--moe-lbl-scope", "global")
         (arguments("--moe-lbl-metrics-dir", "d", moe_aux_loss_coeff=0.0), "--moe-lbl-metrics-dir d has nothing to act on"),
         (arguments(*GLOBAL, use_torch_fsdp2=True), "not supported with --use-torch-fsdp2; allowed: Megatron's DDP"),
         (
-            arguments(*GLOBAL, use_megatron_fsdp=True, cuda_graph_impl="local"),
-            "with --use-megatron-fsdp is not supported with CUDA graphs (not proven right); allowed: without",
-        ),
-        (
             arguments(*GLOBAL, cuda_graph_impl="full_iteration", cuda_graph_warmup_steps=0),
             "not supported with full_iteration CUDA graphs and --cuda-graph-warmup-steps 0; allowed: 1 or more",
         ),
@@ -90,6 +86,9 @@ def test_megatron_fsdp_where_it_was_proven(release, monkeypatch):
     args = arguments(*GLOBAL, use_megatron_fsdp=True)
     if release >= (0, 19):
         refusals.refuse_arguments(args, Settings.create(scope="global"))
+        args.cuda_graph_impl = "local"
+        with pytest.raises(ConfigError, match="--use-megatron-fsdp is not supported with CUDA graphs"):
+            refusals.refuse_arguments(args, Settings.create(scope="global"))
         return
     with pytest.raises(ConfigError, match="not supported with --use-megatron-fsdp; allowed: .* Megatron-Core >= 0.19"):
         refusals.refuse_arguments(args, Settings.create(scope="global"))
