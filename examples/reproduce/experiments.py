@@ -51,7 +51,7 @@ def switching() -> list[Setting]:
 
 def coefficients() -> list[Setting]:
     """Table 4: is a smaller coefficient of the micro loss a substitute?"""
-    return [changed(s, alpha=alpha) for alpha in (0.1, 0.03, 0.01, 0.003, 0.001) for s in (MICRO, GLOBAL)]
+    return [changed(s, alpha=alpha) for alpha in (0.1, 0.03, 0.01, 0.001) for s in (MICRO, GLOBAL)]
 
 
 def mixed() -> list[Setting]:
@@ -114,4 +114,39 @@ EXPERIMENTS: dict[str, Callable[[], list[Setting]]] = {
         mixed,
         check,
     )
+}
+
+
+def _gpu(**changes: object) -> Setting:
+    """A step of 512 sequences in micro-batches of 4 on each GPU; everything by the plugin's flags."""
+    return changed(Setting(alpha=0.01, micro_batch=4, batch=512, ranks=8, steps=20_000, lr=1e-3), **changes)
+
+
+def gpu_balance_bsz() -> list[Setting]:
+    """f over 4 (micro), 8, 16, 32 sequences (groups of GPUs, all 8), and the buffer up to 512; both coefficients."""
+    curve = [_gpu(), _gpu(scope="global"), _gpu(scope="dp"), *(_gpu(scope="dp", group_size=n) for n in (2, 4))]
+    return curve + [changed(setting, alpha=0.1) for setting in curve]
+
+
+def gpu_switching() -> list[Setting]:
+    """micro first, then global from 10, 30, 50 % of the training; and back at 50 %."""
+    later = [_gpu(scope="global", start_iter=n) for n in (2000, 6000, 10_000)]
+    return [_gpu(), _gpu(scope="global"), *later, _gpu(scope="global", back_at=10_000)]
+
+
+def gpu_coefficients() -> list[Setting]:
+    """Smaller coefficients of micro, and 1 % of micro beside global."""
+    smaller = [_gpu(alpha=alpha) for alpha in (0.003, 0.001)]
+    return [_gpu(), _gpu(scope="global"), *smaller, _gpu(scope="global", micro_coeff=1e-4)]
+
+
+def gpu_window() -> list[Setting]:
+    """The plugin's window with a step of 32 sequences, against global."""
+    few = _gpu(batch=32)
+    return [few, changed(few, scope="global"), *(changed(few, scope="window", window_steps=w) for w in (1, 4, 16))]
+
+
+GPU_EXPERIMENTS: dict[str, Callable[[], list[Setting]]] = {
+    experiment.__name__.replace("_", "-"): experiment
+    for experiment in (gpu_balance_bsz, gpu_switching, gpu_coefficients, gpu_window)
 }

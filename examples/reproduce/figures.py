@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -14,6 +15,7 @@ import matplotlib.pyplot as plt
 from reproduce import experiments, tables
 from reproduce.experiments import ALPHAS, FEW, GLOBAL, MICRO, changed
 from reproduce.results import Results, difference, read
+from reproduce.settings import Setting
 
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "reproduction.md"
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")  # Okabe and Ito: told apart by everybody
@@ -38,6 +40,15 @@ def make(folder: Path, images: Path, document: Path = DOCUMENT) -> None:
     if document.exists():
         tables.write(results, document)
         print(document)
+
+
+def summary(folder: Path, of: dict[str, Callable[[], list[Setting]]]) -> None:
+    """Prints a plain table per experiment: every setting against the first."""
+    results = read(folder)
+    for name, experiment in of.items():
+        settings = experiment()
+        named = [(setting.name, setting) for setting in settings]
+        print(f"{name}: {experiment.__doc__}\n\n{tables.rows(results, named, ('the first', settings[0]))}")
 
 
 def balance_bsz(results: Results) -> Any:
@@ -97,6 +108,8 @@ def specialisation(results: Results) -> Any:
 
 def delay(results: Results) -> Any:
     """What a late f does: the loss against the delay, and the load over the first steps."""
+    if not any(list(results[setting]) for setting in experiments.delay() + experiments.window()):
+        return None
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(13, 3.6))
     delays = (0, 1, 2, 4, 8, 16)
     for alpha, colour in zip(ALPHAS, COLOURS):

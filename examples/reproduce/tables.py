@@ -29,6 +29,8 @@ def write(results: Results, document: Path) -> None:
 
 
 def _table(head: list[str], rows: list[list[str]]) -> str:
+    if all(row[1] == "not run" for row in rows):
+        return "Not run yet.\n"
     lines = ["| " + " | ".join(head) + " |", "|" + "|".join(["---"] + ["---:"] * (len(head) - 1)) + "|"]
     return "".join(line + "\n" for line in lines + ["| " + " | ".join(row) + " |" for row in rows])
 
@@ -36,28 +38,28 @@ def _table(head: list[str], rows: list[list[str]]) -> str:
 FIGURES = ["validation loss", "less {base}", "contrast", "LBL within sequences", "MaxVio", "starved experts"]
 
 
-def _rows(results: Results, named: list[tuple[str, Setting]], base: tuple[str, Setting]) -> str:
+def rows(results: Results, named: list[tuple[str, Setting]], base: tuple[str, Setting]) -> str:
     """A row per setting: the loss, its paired difference, specialisation and balance."""
-    rows = []
+    lines = []
     for name, setting in named:
         seeds = results[setting]
         value = average(results, setting, "loss")
         if value is None:
-            rows.append([name, "not run", *[""] * (len(FIGURES) - 1)])
+            lines.append([name, "not run", *[""] * (len(FIGURES) - 1)])
             continue
         own = "" if setting == base[1] else str(difference(results, setting, base[1]))
         others = [average(results, setting, key) for key in ("contrast", "lbl_within_sequences", "max_vio")]
         starved = average(results, setting, "starved_experts")
         label = f"{name} ({len(seeds)})"
-        rows.append([label, f"{value:.3f}", own, *(f"{x:.2f}" for x in others), f"{100 * (starved or 0):.0f} %"])
-    return _table(["(seeds)", *(head.format(base=base[0]) for head in FIGURES)], rows)
+        lines.append([label, f"{value:.3f}", own, *(f"{x:.2f}" for x in others), f"{100 * (starved or 0):.0f} %"])
+    return _table(["(seeds)", *(head.format(base=base[0]) for head in FIGURES)], lines)
 
 
 def balance_bsz(results: Results, alpha: float = 0.1) -> str:
     """Loss against the number of sequences that f counts over."""
     curve = [1, 2, 4, 8, 16]
     named = [(f"{n}", changed(MICRO, over=f"sequences:{n}", alpha=alpha)) for n in curve]
-    return _rows(results, [*named, ("32", changed(GLOBAL, alpha=alpha))], ("1", changed(MICRO, alpha=alpha)))
+    return rows(results, [*named, ("32", changed(GLOBAL, alpha=alpha))], ("1", changed(MICRO, alpha=alpha)))
 
 
 def shuffled(results: Results) -> str:
@@ -71,7 +73,7 @@ def shuffled(results: Results) -> str:
             ("global, 4096 tokens", whole),
             ("128 random tokens of the 4096", random),
         ]
-        tables.append(f"alpha {alpha}:\n\n" + _rows(results, named, ("micro", micro)))
+        tables.append(f"alpha {alpha}:\n\n" + rows(results, named, ("micro", micro)))
     return "\n".join(tables)
 
 
@@ -80,14 +82,14 @@ def switching(results: Results) -> str:
     _, _, tenth, third, half, back = experiments.switching()
     named = [("micro throughout", MICRO), ("global from 50 %", half), ("global from 30 %", third), ("global from 10 %", tenth)]
     named += [("global throughout", GLOBAL), ("global until 50 %, then micro", back)]
-    return _rows(results, named, ("micro", MICRO))
+    return rows(results, named, ("micro", MICRO))
 
 
 def coefficients(results: Results) -> str:
     """Every coefficient, micro and global."""
-    alphas = (0.1, 0.03, 0.01, 0.003, 0.001)
+    alphas = (0.1, 0.03, 0.01, 0.001)
     named = [(f"{n}, alpha {a}", changed(s, alpha=a)) for n, s in (("micro", MICRO), ("global", GLOBAL)) for a in alphas]
-    return _rows(results, named, ("micro, alpha 0.1", MICRO))
+    return rows(results, named, ("micro, alpha 0.1", MICRO))
 
 
 def mixed(results: Results) -> str:
@@ -99,7 +101,7 @@ def mixed(results: Results) -> str:
         ("global + 1 % micro", little),
         ("global + 10 % micro", more),
     ]
-    return _rows(results, named, ("micro", micro))
+    return rows(results, named, ("micro", micro))
 
 
 def megatron(results: Results) -> str:
@@ -107,14 +109,14 @@ def megatron(results: Results) -> str:
     ours, upstream, stronger, weaker = experiments.megatron()
     named = [("plugin, `global`, alpha 0.1", ours), ("Megatron, `global_aux_loss`, alpha 0.1", upstream)]
     named += [("Megatron, `global_aux_loss`, alpha 0.4", stronger), ("plugin, `global`, alpha 0.025", weaker)]
-    return _rows(results, named, ("the plugin", ours))
+    return rows(results, named, ("the plugin", ours))
 
 
 def bias(results: Results) -> str:
     """The aux-loss-free bias."""
     micro, whole, slow, fast = experiments.bias()
     named = [("micro", micro), ("global", whole), ("bias, rate 0.001", slow), ("bias, rate 0.01", fast)]
-    return _rows(results, named, ("micro", micro))
+    return rows(results, named, ("micro", micro))
 
 
 def _early(results: Results, setting: Setting) -> str:

@@ -51,11 +51,7 @@ class Training:
     def _start(self) -> None:
         ranks = self.run.setting.ranks
         python = [sys.executable]
-        if ranks > 1 or self.size == "gpu":
-            if self.size == "gpu":
-                import torch
-
-                ranks = torch.cuda.device_count()
+        if ranks > 1:
             python += ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks)]
             python += ["--master-addr", "127.0.0.1", "--master-port", str(_free_port())]
         mode = ["--cpu"] if self.size == "cpu" else []
