@@ -93,9 +93,7 @@ def test_tables_and_pictures_come_from_the_results(tmp_path):
     # Of seeds 0 and 1: -0.1 and -0.2, mean and standard deviation.
     assert "-0.150 ± 0.071 (2 of 2 seeds)" in text and "old" not in text
     assert text.startswith("before") and text.endswith("after\n") and "not run" in text
-    assert {path.name for path in (tmp_path / "images").iterdir()} == {
-        "reproduce-bsz.png", "reproduce-specialisation.png"
-    }
+    assert {path.name for path in (tmp_path / "images").iterdir()} == {"reproduce-bsz.png", "reproduce-specialisation.png"}
 
 
 def test_every_table_of_the_document_exists():
