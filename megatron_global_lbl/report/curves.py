@@ -13,6 +13,8 @@ from megatron_global_lbl.report.series import Series, over_layers
 from megatron_global_lbl.report.style import BLUE, COLOURS, DASHES, QUIET, VERMILION, Picture, figure, png
 
 WIDTH, HEIGHT = 5.2, 2.9
+# What a picture shows at least, and what cannot be exceeded.
+BOUNDS = {"lbl_global": (1.0, np.inf), "dead": (0.0, np.inf), "entropy": (np.inf, 1.0), "uncertainty": (np.inf, 1.0)}
 PARTS = ("mean", "median", "tail", "worst")
 
 
@@ -24,7 +26,7 @@ def lbl(run: Any) -> Picture:
     for values, colour, label in ((micro, VERMILION, "within micro-batches"), (whole, BLUE, "over the global batch")):
         if values.known:
             _band(axes, values, colour, label)
-    _finish(axes, [whole, micro], floor=1)
+    _finish(axes, [whole, micro], "lbl_global")
     _legend(drawn)
     return Picture(
         "lbl",
@@ -57,7 +59,6 @@ def dead(run: Any) -> Picture | None:
         "Dead experts",
         "Experts of a layer that took no token in an interval (line: mean of the layers, thin: the worst): it should fall "
         "to 0 after the start and stay there.",
-        floor=0,
     )
 
 
@@ -96,7 +97,7 @@ def comparison(runs: list[tuple[str, Any]], name: str, title: str, caption: str)
     for i, (label, values) in enumerate(all_of):
         style = {"color": COLOURS[i % len(COLOURS)], "linestyle": DASHES[i % len(DASHES)]}
         axes.plot(values.iterations, values.mean, label=label, **_points(values), **style)
-    _finish(axes, [values for _, values in all_of], only_means=True)
+    _finish(axes, [values for _, values in all_of], name, only_means=True)
     _legend(drawn)
     alt = "; ".join(f"{label}: {_told(values)}" for label, values in all_of)
     return Picture(f"compare-{name}", title, caption, f"{alt}.", png(drawn))
@@ -110,12 +111,12 @@ def series(run: Any, name: str) -> Series:
     return over_layers(run.iterations, values_NL, name)
 
 
-def _one(run: Any, name: str, title: str, caption: str, floor: float | None = None) -> Picture:
+def _one(run: Any, name: str, title: str, caption: str) -> Picture:
     values = series(run, name)
     drawn, axes = figure(WIDTH, HEIGHT)
     if values.known:
         _band(axes, values, BLUE, "mean of the layers")
-    _finish(axes, [values], floor=floor)
+    _finish(axes, [values], name)
     return Picture(name.replace("_", "-"), title, caption, f"{title}: {_told(values)}.", png(drawn))
 
 
@@ -138,11 +139,11 @@ def _legend(drawn: Figure) -> None:
         drawn.legend(handles, labels, loc="outside upper left", ncols=columns, borderpad=0, columnspacing=1.4)
 
 
-def _finish(axes: Axes, shown: list[Series], *, floor: float | None = None, only_means: bool = False) -> None:
+def _finish(axes: Axes, shown: list[Series], name: str, *, only_means: bool = False) -> None:
     """Scale, labels and legend."""
     known = [v for v in shown if v.known]
     if known:
-        _scale(axes, [getattr(v, part) for v in known for part in (["mean"] if only_means else PARTS)], floor)
+        _scale(axes, [getattr(v, part) for v in known for part in (["mean"] if only_means else PARTS)], name)
     else:
         axes.text(0.5, 0.5, "not in the record", transform=axes.transAxes, ha="center", color=QUIET)
         axes.set_yticks([])
@@ -154,21 +155,22 @@ def _finish(axes: Axes, shown: list[Series], *, floor: float | None = None, only
     axes.set_xlabel("iteration")
 
 
-def _scale(axes: Axes, curves: list[np.ndarray], floor: float | None) -> None:
+def _scale(axes: Axes, curves: list[np.ndarray], name: str) -> None:
     """Limits of the y axis. The first tenth of a training may be far from all that follows: it is cut off then, and said."""
     values = np.concatenate(curves)
     settled = np.concatenate([curve[len(curve) // 10 :] for curve in curves])
     (all_low, all_high), (low, high) = _range(values), _range(settled if np.isfinite(settled).any() else values)
-    if floor is not None:
-        low = min(low, floor)
-    least = 0.02 * max(abs(low), abs(high), 0.05)  # noise in the last digit is no curve
+    floor, ceiling = BOUNDS.get(name, (np.inf, np.inf))
+    low = min(low, floor)
+    least = 0.005 * max(abs(low), abs(high), 0.05)  # noise in the last digit is no curve
     middle = (low + high) / 2
     low, high = min(low, middle - least), max(high, middle + least)
     span = high - low
     cut = [value for value, far in ((all_high, all_high > high + 2 * span), (all_low, all_low < low - 2 * span)) if far]
     if not cut:
         low, high = min(low, all_low), max(high, all_high)
-    axes.set_ylim(low - 0.06 * (high - low), high + 0.06 * (high - low))
+    margin = 0.06 * (high - low)
+    axes.set_ylim(low - margin, min(high + margin, max(high, ceiling) + margin / 4))
     axes.yaxis.set_major_locator(MaxNLocator(5, integer=high > 50))
     axes.ticklabel_format(axis="y", useOffset=False)
     if cut:
