@@ -14,6 +14,7 @@ import torch.nn.functional as functional
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 
 from reproduce import data, figures, results, trainings
+from reproduce.counting import Counting
 from reproduce.experiments import EXPERIMENTS, GLOBAL, GPU_EXPERIMENTS, MICRO
 from reproduce.experts import _Products
 from reproduce.run import queue_of
@@ -119,6 +120,33 @@ def test_the_products_of_stacked_experts_are_linear_layers_bit_by_bit():
     ours = _Products.apply(rows, weight, sizes)
     assert torch.equal(ours, output)
     assert all(map(torch.equal, torch.autograd.grad(ours, (rows, weight), of_output), expected))
+
+
+def _formula(scores_TE, map_TE, counts_E):
+    """E * sum_i f_i p_i in float64."""
+    f_E = counts_E.double() / counts_E.sum()
+    return (scores_TE.double().mean(0) * f_E).sum().item() * len(counts_E)
+
+
+def test_balance_losses_of_the_experiments_count_what_they_say():
+    generator = torch.Generator().manual_seed(0)
+    scores_TBE = torch.rand(4, 3, 5, generator=generator)  # 3 sequences of 4 tokens
+    map_TBE = torch.zeros(4, 3, 5, dtype=torch.bool).scatter_(2, scores_TBE.topk(2).indices, True)
+    scores, maps = scores_TBE.view(12, 5), map_TBE.view(12, 5)
+    of_sequences = [_formula(scores_TBE[:, b], map_TBE[:, b], map_TBE[:, b].sum(0)) for b in range(3)]
+    ours = Counting("sequences:1").loss(0, scores, maps, 1.0, sequence_length=4)
+    assert ours.item() == pytest.approx(sum(of_sequences) / 3)
+    # As many tokens as three sequences have are all of them, in any order.
+    whole = _formula(scores, maps, maps.sum(0))
+    assert Counting("shuffled:3").loss(0, scores, maps, 1.0, sequence_length=4).item() == pytest.approx(whole)
+    assert Counting("shuffled:1").loss(0, scores, maps, 1.0, sequence_length=4).item() != pytest.approx(sum(of_sequences) / 3)
+    late = Counting("delayed:2:2")
+    steps = [torch.roll(maps, shift, dims=1) for shift in range(5)]
+    found = [late.loss(0, scores, step, 1.0, sequence_length=4).item() for step in steps]
+    due = [None, None, steps[0].sum(0), steps[0].sum(0) + steps[1].sum(0), steps[1].sum(0) + steps[2].sum(0)]
+    assert found == pytest.approx([0 if counts is None else _formula(scores, maps, counts) for counts in due])
+    with pytest.raises(SystemExit, match="--reproduce-count delayed:1: unknown"):
+        Counting("delayed:1")
 
 
 def test_a_folder_without_data_is_named(tmp_path: Path):
