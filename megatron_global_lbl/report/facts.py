@@ -64,12 +64,12 @@ def figures(run: Run) -> list[Fact]:
     layers = run.layers
     return [
         Fact("scope", str(run.header.get("scope", "not known")), _coefficient(run)),
-        Fact("Balance BSZ", _number(run.sequences[-1]), "sequences" + _tokens(run)),
+        Fact("Balance BSZ", _amount(run.sequences[-1]), "sequences" + _tokens(run)),
         Fact("LBL, global batch", _number(_mean(late(run.metrics["lbl_global"]))), "1.0 is even"),
         Fact("LBL, micro-batches", _number(_mean(late(run.metrics["lbl_micro"]))), "mean of the layers"),
         Fact("MaxVio", _number(_mean(vio_L)), _worst(vio_L, layers, highest=True)),
         Fact("entropy of the load", _number(_mean(entropy_L), 4), _worst(entropy_L, layers, highest=False, digits=4)),
-        Fact("dead experts", _number(np.nansum(dead) if np.isfinite(dead).any() else np.nan), "in the last interval"),
+        Fact("dead experts", _amount(np.nansum(dead) if np.isfinite(dead).any() else np.nan), "in the last interval"),
     ]
 
 
@@ -80,13 +80,13 @@ def row(run: Run, label: str, found: list[Alarm]) -> list[str]:
     return [
         label,
         str(run.header.get("scope", "-")),
-        _number(run.sequences[-1]),
+        _amount(run.sequences[-1]),
         _number(_mean(late(run.metrics["lbl_global"]))),
         _number(_mean(late(run.metrics["lbl_micro"]))),
         _number(_mean(vio_L)),
         _worst(vio_L, run.layers, highest=True, short=True),
         _number(_mean(late(run.metrics["entropy"])), 4),
-        _number(np.nansum(dead) if np.isfinite(dead).any() else np.nan),
+        _amount(np.nansum(dead) if np.isfinite(dead).any() else np.nan),
         str(len(found)) if found else "none",
     ]
 
@@ -138,8 +138,14 @@ def _mean(value_L: np.ndarray) -> float:
     return float(np.nanmean(value_L)) if np.isfinite(value_L).any() else np.nan
 
 
+def _amount(value: float) -> str:
+    """Of things that are counted; a mean over an interval may be a fraction."""
+    if not np.isfinite(value):
+        return "not known"
+    return f"{value:,.0f}" if float(value).is_integer() else f"{value:,.1f}"
+
+
 def _number(value: float, digits: int = 3) -> str:
     if not np.isfinite(value):
         return "not known"
-    whole = abs(value) >= 100 or (float(value).is_integer() and abs(value) != 1)  # an LBL of 1 is 1.000
-    return f"{value:,.0f}" if whole else f"{value:.{digits if abs(value) < 10 else 1}f}"
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.{digits if abs(value) < 10 else 1}f}"

@@ -20,7 +20,7 @@ from synthetic_record import even, write
 from megatron_global_lbl.command import main
 from megatron_global_lbl.metrics import frames
 from megatron_global_lbl.metrics.reader import read
-from megatron_global_lbl.report import page, watch
+from megatron_global_lbl.report import facts, page, watch
 from megatron_global_lbl.report.series import binned, edges, over_layers
 from megatron_global_lbl.report.terminal import table
 
@@ -85,6 +85,15 @@ def test_default_place_and_one_interval(tmp_path, capsys):
     write(tmp_path / "run", even(1, layers=1, experts=4))
     assert main(["report", str(tmp_path / "run")]) == 0
     assert Path(capsys.readouterr().out.strip()) == tmp_path / "run" / "report" / "report.html"
+
+
+def test_counts_are_whole_and_measures_are_not(tmp_path):
+    load = even(20, layers=1)
+    load[-1, 0, 5] = 0
+    (run,) = read(write(tmp_path, load, sequences=1))
+    line = dict(zip(facts.COLUMNS, facts.row(run, "a", [])))
+    assert (line["Balance BSZ"], line["dead experts"]) == ("1", "1")
+    assert line["LBL global"].startswith("1.0") and len(line["LBL global"]) == 5
 
 
 def test_labels_differ():
