@@ -36,8 +36,8 @@ def takes_sigmoid_in_float32() -> bool:
 
 
 def fsdp_is_proven() -> bool:
-    """Megatron FSDP was compared with the formula in 0.19 and later only."""
-    return require_supported() >= (0, 19)
+    """Megatron FSDP was compared with the formula in 0.19 only."""
+    return require_supported() == (0, 19)
 
 
 def stage_name(stage: dist.ProcessGroup) -> str:

@@ -13,7 +13,7 @@ from megatron_global_lbl.settings import ConfigError, Scope, Settings, flag
 CHECKPOINT_FORMATS = ("torch", "torch_dist", "fsdp_dtensor")
 
 MEGATRON_FSDP = "FullyShardedDataParallel"  # the class; PyTorch's is TorchFullyShardedDataParallel
-PROVEN_WRAPPERS = "Megatron's DDP, or --use-megatron-fsdp on Megatron-Core >= 0.19 (no other was proven right)"
+PROVEN_WRAPPERS = "Megatron's DDP, or --use-megatron-fsdp on Megatron-Core 0.19 (no other was proven right)"
 
 
 def asked_for(settings: Settings) -> str:
