@@ -2,20 +2,24 @@
 
 Every ATen operator that reads or writes elements counts as one kernel; views and allocations count as none. Two operators
 hide a second kernel, which is counted with its traffic: a sum into another type casts all elements first, and
-`_softmax_backward_data` copies an expanded gradient first. `topk` is more than one kernel on CUDA and counts as one. With a
-GPU `kernels_on_gpu` counts what really ran.
+`_softmax_backward_data` copies an expanded gradient first. `topk` is more than one kernel on CUDA and counts as one. A kernel
+that Triton's interpreter runs counts as one, its scratch as touched once. With a GPU `kernels_on_gpu` counts what really ran.
 """
 
 from __future__ import annotations
 
+import gc
+import os
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
 # Operators that allocate or rename but launch nothing and are not marked as views.
@@ -52,6 +56,26 @@ class Launches(TorchDispatchMode):
 
     def __post_init__(self) -> None:
         super().__init__()
+        self._interpreted = ExitStack()
+
+    def __enter__(self) -> Launches:
+        if os.environ.get("TRITON_INTERPRET") == "1":
+            from triton.runtime.interpreter import GridExecutor
+
+            original = GridExecutor.__call__
+
+            def run(executor: Any, *args: Any, **kwargs: Any) -> None:
+                held = {tensor.data_ptr(): _held_bytes(tensor) for tensor in args if isinstance(tensor, Tensor)}
+                self.ops.append(Op(executor.fn.__name__, "-", sum(held.values())))
+                with _disable_current_modes():  # what the interpreter itself does
+                    original(executor, *args, **kwargs)
+
+            self._interpreted.enter_context(mock.patch.object(GridExecutor, "__call__", run))
+        return super().__enter__()
+
+    def __exit__(self, *exception: Any) -> None:
+        self._interpreted.close()
+        super().__exit__(*exception)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -130,6 +154,7 @@ class KeptBytes(TorchDispatchMode):
 
     def alive(self, *, without: list[Tensor]) -> int:
         """Bytes that are still held, apart from the storages of the given tensors."""
+        gc.collect()  # what only reference cycles hold (Triton's interpreter makes some) is held by nobody
         excluded = {StorageWeakRef(tensor.untyped_storage()).cdata for tensor in without}
         return sum(size for key, (ref, size) in self._seen.items() if key not in excluded and not ref.expired())
 

@@ -129,6 +129,13 @@ def _routers_of(model: Model | None) -> dict[str, Any] | None:
     return routers_of(model)
 
 
+def loss_path_on_gpu() -> str:
+    """Which path the loss takes on a GPU, as far as the environment decides it: in words, for `megatron-lbl doctor`."""
+    from megatron_global_lbl.core.fused.choice import on_gpu
+
+    return on_gpu()
+
+
 def active() -> Handle | None:
     """The registration of this process."""
     return _active

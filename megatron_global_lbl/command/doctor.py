@@ -74,10 +74,13 @@ def _environment() -> list[str]:
         return [*lines, *_entry("PyTorch", "NOT FOUND: everything but `megatron-lbl patch` needs it")]
     import torch
 
+    from megatron_global_lbl.registry import loss_path_on_gpu
+
     return [
         *lines,
         *_entry("PyTorch", torch.__version__),
         *_entry("GPU", environment.gpus()),
+        *_entry("loss on a GPU", loss_path_on_gpu()),
         *_entry("Transformer Engine", environment.transformer_engine()),
         *_entry("NVIDIA Apex", environment.apex()),
     ]

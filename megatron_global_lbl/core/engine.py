@@ -119,6 +119,8 @@ class Engine:
             return logits
         reason = self._why_not_fused(forward, logits, score_function)
         forward.layer.path = FUSED if reason is None else f"plain: {reason}"
+        if logits.is_cuda:
+            self._say_once(f"loss {forward.layer.path}", forward.layer)
         if reason is not None or score_function is None:
             return logits
         forward.logits = logits

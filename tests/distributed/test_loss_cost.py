@@ -1,5 +1,6 @@
 """What the loss of one layer launches and keeps, against Megatron's own, on two data-parallel ranks. Counts, no times.
 
+On the CPU that is the plain path, but for the last test, in which Triton's interpreter runs the kernels of core/fused.
 The GPU's own counts are in tests/gpu/test_router_cost.py, times in benchmarks/router_cost.py.
 """
 
@@ -73,3 +74,38 @@ def test_a_step_launches_less_than_with_aux_loss(workers, model, router_dtype, l
     costs = workers.run(launches_of_steps, 2, model, ["aux_loss", *SCOPES], router_dtype, layers, micro_batches)[0]
     assert costs["aux_loss"] > 10 * layers * micro_batches, "Megatron's aux_loss was not measured"
     assert all(costs[scope] < costs["aux_loss"] for scope in SCOPES), costs
+
+
+def kernels_on_the_logits(model: str):
+    """In a worker. By loss: launches of a layer and micro-batch, forward and backward, and kept bytes, beyond those of a router
+    without a loss; the kernels' names and traffic (bytes per token and expert)."""
+    import harness
+    import router_cost
+    import routers
+    from models import MODELS
+
+    routers.start_megatron()
+    tokens = 64
+    none = router_cost.count(model, "none", tokens=tokens, router_dtype="fp32")
+    result = {}
+    for loss in ["aux_loss", *SCOPES]:
+        with harness.loss_path(loss != "aux_loss"):
+            counts = router_cost.count(model, loss, tokens=tokens, router_dtype="fp32")
+        ours = [op for op in (*counts.forward, *counts.backward) if op.name.endswith("_kernel")]
+        launches = len(counts.forward) + len(counts.backward) - len(none.forward) - len(none.backward)
+        traffic = sum(op.traffic for op in ours if op.name != "vector_kernel") / tokens / MODELS[model].experts
+        result[loss] = (launches, [op.name for op in ours], counts.kept - none.kept, traffic)
+    return result
+
+
+def test_kernels_on_the_logits(workers):
+    """Three launches (`window`: two) and what they read and write: logits and selection; logits, gradient in and out."""
+    costs = workers.run(kernels_on_the_logits, 2, "paper-3.4b-a0.6b")[0]
+    kernels = ["count_kernel", "vector_kernel", "logits_kernel"]
+    for scope in SCOPES:
+        expected = [name for name in kernels if scope != "window" or name != "vector_kernel"]
+        launches, names, kept, traffic = costs[scope]
+        assert names == expected and launches == len(expected), costs
+        assert kept < costs["aux_loss"][2], costs
+        assert 17 <= traffic < 18.5, f"{scope}: {traffic:.1f} bytes per token and expert"  # and what is of size [E]
+    assert costs["aux_loss"][0] > 10, "Megatron's aux_loss was not measured"

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from unittest import mock
+
+import harness
 import pytest
+import torch
 from compare import check
 from layout import Layout
+from torch import Tensor
 from truth import Problem
+from workers import CaseFailed
 
 SCOPES = ["global", "window"]
 
@@ -63,3 +69,38 @@ def test_frozen_parameters(workers, scope, frozen, recompute):
 def test_dense_layers_between(workers, scope, dense):
     """`--moe-layer-freq`."""
     check(workers, Problem(scope, 2, 2, 2, layers=4, dense=dense))
+
+
+def run_with_router_fusion(routing_map, *arguments):
+    """In a worker: `--moe-router-fusion` with a function of the signature of Transformer Engine's that gives such a map; it has
+    none for scores."""
+    from megatron.core.transformer.moe import moe_utils
+
+    select = moe_utils.topk_routing_with_score_function
+
+    def fused_topk(*, expert_bias=None, **options):
+        probs, selection = select(**options)
+        return probs, routing_map(selection)
+
+    fused = {"fused_topk_with_score_function": fused_topk, "fused_compute_score_for_moe_aux_loss": None, "HAVE_TE": True}
+    with mock.patch.multiple(moe_utils, create=True, **fused):
+        return harness.run(*arguments)
+
+
+def fused_router(workers, problem: Problem, routing_map, **extra):
+    class Fused:
+        def run(self, function, world_size, fused, *arguments):
+            return workers.run(run_with_router_fusion, world_size, routing_map, *arguments)
+
+    check(Fused(), problem, moe_router_fusion=True, **extra)
+
+
+def test_router_fusion_is_served(workers):
+    """Transformer Engine's scores, which it rounds in some releases, are not asked for."""
+    fused_router(workers, Problem("global", 2, 2, 2), torch.clone)
+    fused_router(workers, Problem("window", 2, 2, 2, score="sigmoid"), torch.clone)
+
+
+def test_a_selection_that_is_no_map_is_refused(workers):
+    with pytest.raises(CaseFailed, match=r"gave the selection as torch.int32 \[16, 8\] beside probabilities \[16, 8\]"):
+        fused_router(workers, Problem("global", 1, 1), Tensor.int)

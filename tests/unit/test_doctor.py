@@ -46,6 +46,7 @@ def test_installed_megatron():
     assert re.fullmatch(r"\d+\.\d+\.\d+", entry(output, "version")), "without the commit that Megatron appends"
     assert entry(output, "supported").startswith("yes")
     assert entry(output, "megatron.training") == "there: the launcher works"
+    assert entry(output, "loss on a GPU").startswith("fused: Triton kernels")
     hooks = entry(output, "scope dp, global")
     for symbol in (
         "TopKRouter.routing",

@@ -52,6 +52,16 @@ class Choice(Enum):
         return choice
 
 
+def on_gpu() -> str:
+    """Which path the loss takes on a GPU as far as the environment says, in words."""
+    try:
+        choice = Choice.read()
+    except ConfigError as error:
+        return f"NONE: {error}"
+    problem = f"{VARIABLE} is 0" if choice is Choice.NEVER else triton_problem()
+    return FUSED if problem is None else f"plain: {problem}"
+
+
 def triton_problem() -> str | None:
     """Why Triton cannot be used, or None."""
     try:
