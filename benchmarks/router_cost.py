@@ -224,6 +224,12 @@ def _profile(router: torch.nn.Module, variant: str, hidden: Tensor, gradient: Te
     """What the GPU did in a forward and in its backward; a step of three micro-batches, all forwards first."""
     outputs: list[Tensor] = []
     with VARIANTS[variant].active():
+        # The tensors of a registration are made in its first forward; what a step has left under way is joined in the next one.
+        for ends in (True, False):
+            probs, _ = router(hidden)
+            probs.backward(gradient.to(probs.dtype))
+            if ends:
+                end_of_step(router)
         in_forward = kernels_on_gpu(lambda: outputs.append(router(hidden)[0]), repeats=3)
         gradient = gradient.to(outputs[0].dtype)
         in_backward = kernels_on_gpu(lambda: outputs.pop().backward(gradient), repeats=3)
