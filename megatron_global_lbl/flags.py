@@ -11,10 +11,11 @@ import os
 import re
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 from megatron_global_lbl import registry
-from megatron_global_lbl.settings import DEFAULT_WINDOW_STEPS, ConfigError, Scope, Settings
+from megatron_global_lbl.settings import DEFAULT_WINDOW_STEPS, ConfigError, Detail, Scope, Settings
 
 GROUP = "mixture-of-experts load-balancing loss"
 # How much later than the others a rank may come to the flags: it imports the same files, from a disk that is shared.
@@ -72,9 +73,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         help="Hide the reduction of the counts behind compute, or wait for it on the spot. Default: overlap.",
     )
     group.add_argument(
+        "--moe-lbl-metrics",
+        metavar="{brief,detailed,off}",
+        help="The balance in Megatron's log, TensorBoard and W&B once per log interval, under moe-lbl/: mean and worst layer "
+        "(brief), or more measures and percentiles over layers (detailed). Default: brief, but off with scope micro and no "
+        "--moe-lbl-metrics-dir, and with CUDA graphs.",
+    )
+    group.add_argument(
         "--moe-lbl-metrics-dir",
         metavar="DIR",
-        help="Write the balance of every MoE layer, one line per step, to files in DIR (any scope). Default: off.",
+        help="Write the balance of every MoE layer, a record per log interval, to files in DIR (any scope, also without an "
+        "auxiliary loss). Default: off.",
     )
     return parser
 
@@ -94,9 +103,11 @@ def activate(args: argparse.Namespace) -> registry.Handle | None:
         )
         if settings == Settings(scope=Scope.MICRO) and not _given():
             return None
-        if settings.scope is not Scope.MICRO or settings.metrics_dir is not None:
-            from megatron_global_lbl.hook import refusals  # here, because `doctor` reads the flags without PyTorch
+        if settings.scope is not Scope.MICRO or settings.observes:
+            from megatron_global_lbl.hook import compatibility, refusals  # here: `doctor` reads the flags without PyTorch
 
+            if settings.metrics is None and compatibility.cuda_graphs(args) == "none":
+                settings = replace(settings, metrics=Detail.BRIEF)
             refusals.refuse_arguments(args, settings)
         known = registry.active()
         handle = registry.register(**{name: getattr(settings, name) for name in Settings.__dataclass_fields__})

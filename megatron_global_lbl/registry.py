@@ -30,39 +30,53 @@ class Handle:
 
     def __init__(self, settings: Settings) -> None:
         # Here, because the flags and `megatron-lbl patch` must work without PyTorch.
+        import torch
+
         from megatron_global_lbl.core.engine import Engine
+        from megatron_global_lbl.hook.compatibility import pipeline_group
         from megatron_global_lbl.hook.patching import Patches
         from megatron_global_lbl.hook.step import current_iteration
-        from megatron_global_lbl.hook.versions import require_supported
-        from megatron_global_lbl.metrics.record import BalanceRecord, require_writable
+        from megatron_global_lbl.hook.versions import installed_version, require_supported
+        from megatron_global_lbl.metrics.directory import RecordDirectory
+        from megatron_global_lbl.metrics.metrics import Metrics
 
         require_supported()
-        if settings.metrics_dir is not None:
-            require_writable(settings.metrics_dir)
         self.settings = settings
-        self._engine = Engine(
-            settings, current_iteration, BalanceRecord(settings) if settings.metrics_dir is not None else None
-        )
+        self._directory = None if settings.metrics_dir is None else RecordDirectory(settings.metrics_dir)
+        self._metrics: Metrics | None = None
+        if settings.observes:
+            from megatron_global_lbl import __version__
+
+            versions = {"megatron_core": installed_version(), "torch": torch.__version__, "megatron_global_lbl": __version__}
+            self._metrics = Metrics(settings, versions, current_iteration, pipeline_group)
+        self._engine = Engine(settings, current_iteration, self._metrics)
         self._patches = Patches()
         try:
             self._install()
         except BaseException:
             self._patches.restore()
+            self._release_directory()
             raise
 
+    def _release_directory(self) -> None:
+        if self._directory is not None:
+            self._directory.release()
+
     def _install(self) -> None:
-        if self.settings.scope is Scope.MICRO and self.settings.metrics_dir is None:
+        if self.settings.scope is Scope.MICRO and self._metrics is None:
             return  # Megatron as it is
-        from megatron_global_lbl.hook import checkpoint, recomputation, rerun, router, step, versions
+        from megatron_global_lbl.hook import checkpoint, recomputation, rerun, router, step, training_log, versions
 
         versions.say_preview()
 
         for hook in (router, recomputation, step, rerun):
             hook.install(self._patches, self._engine)
-        if self.settings.scope is Scope.WINDOW:
-            # Megatron-Core can be used without the training loop whose checkpoints carry the window; see `state_dict`.
-            if "megatron.training" in sys.modules:
-                checkpoint.install(self._patches, self._engine)
+        # Megatron-Core can be used without the training loop whose checkpoints carry the window; see `state_dict`.
+        if self.settings.scope is Scope.WINDOW and "megatron.training" in sys.modules:
+            checkpoint.install(self._patches, self._engine)
+        if self._metrics is not None and training_log.TRAINING in sys.modules:
+            training_log.install(self._patches, self._metrics.log)
+            self._metrics.is_in_log = True
 
     @property
     def hooked(self) -> list[str]:
@@ -81,10 +95,28 @@ class Handle:
         global _active
         if _active is self:
             _active = None
+        self._release_directory()
         try:
             self._engine.close()
         finally:
             self._patches.restore()
+
+    def metrics(self) -> dict[str, float]:
+        """The balance since the last call, as Megatron's log shows it, for a training loop of your own.
+
+        A collective: call it on every rank, after a step's end.
+
+        Returns:
+            Numbers by key "moe-lbl/..." (docs/metrics.md), the same on every rank.
+
+        With `metrics_dir` every step is an interval of the record, and this gives the last one.
+
+        Raises:
+            ConfigError: neither `metrics` nor `metrics_dir` was registered.
+        """
+        if self._metrics is None:
+            raise ConfigError('metrics() needs register(..., metrics="brief") or "detailed", or metrics_dir')
+        return self._metrics.now()
 
     def discard_step(self) -> None:
         """Forget what was counted since the last step's end: a step has failed, in a loop without Megatron's DDP (whose
@@ -149,6 +181,7 @@ def register(
     start_iter: int = 0,
     group_size: int | None = None,
     sync: str | None = None,
+    metrics: str | None = None,
     metrics_dir: str | None = None,
 ) -> Handle:
     """Replace the load-balancing loss of every `TopKRouter` in this process.
@@ -164,6 +197,7 @@ def register(
         start_iter: `micro` before this 0-based iteration.
         group_size: data-parallel ranks per synchronisation group; all if not given.
         sync: "overlap" or "blocking".
+        metrics: "brief", "detailed" or "off": what Megatron's log and `Handle.metrics` show of the balance; off if not given.
         metrics_dir: where the balance record is written.
 
     Raises:
@@ -178,6 +212,7 @@ def register(
         start_iter=start_iter,
         group_size=group_size,
         sync=sync,
+        metrics=metrics,
         metrics_dir=metrics_dir,
     )
     if _active is not None:

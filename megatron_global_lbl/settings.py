@@ -34,6 +34,17 @@ class Sync(str, Enum):
     """Wait for it on the spot: the plain reference, with the same bits."""
 
 
+class Detail(str, Enum):
+    """What Megatron's log shows of the balance, once per log interval."""
+
+    BRIEF = "brief"
+    """Mean and worst layer of a few measures."""
+    DETAILED = "detailed"
+    """More measures, their median and 90th percentile over layers, and the router's uncertainty (passes over [T, E])."""
+    OFF = "off"
+    """Nothing."""
+
+
 @dataclass(frozen=True)
 class Settings:
     """The flags `--moe-lbl-*` without their prefix. `None` stands for a flag that was not given."""
@@ -44,6 +55,7 @@ class Settings:
     start_iter: int = 0
     group_size: int | None = None
     sync: Sync | None = None
+    metrics: Detail | None = None
     metrics_dir: str | None = None
 
     @staticmethod
@@ -60,6 +72,7 @@ class Settings:
             start_iter=_number("start_iter", values.get("start_iter", 0), int, least=0),
             group_size=_number("group_size", values.get("group_size"), int, least=1, none=True),
             sync=None if values.get("sync") is None else _member(Sync, "sync", values["sync"]),
+            metrics=None if values.get("metrics") is None else _member(Detail, "metrics", values["metrics"]),
             metrics_dir=_text("metrics_dir", values.get("metrics_dir")),
         )
         settings._refuse_what_would_be_ignored()
@@ -68,6 +81,16 @@ class Settings:
         if settings.scope is not Scope.MICRO and settings.sync is None:
             settings = replace(settings, sync=Sync.OVERLAP)
         return settings
+
+    @property
+    def shows_metrics(self) -> bool:
+        """Whether the balance is in Megatron's log. Unlike the flag, `register` does not show it unless it is asked to."""
+        return self.metrics not in (None, Detail.OFF)
+
+    @property
+    def observes(self) -> bool:
+        """Whether anything looks on, be it in scope `micro`."""
+        return self.shows_metrics or self.metrics_dir is not None
 
     def require_group_size_fits(self, data_parallel_size: int) -> None:
         """

@@ -15,16 +15,16 @@ Threads: NVIDIA/Megatron-LM #1494, #7172.
 
 from __future__ import annotations
 
-import json
 import math
 import sys
 import tempfile
-from pathlib import Path
 
 import side_by_side
 from logged import logged
 from logged_names import logged_names
 from side_by_side import Finding, Layout, Pool, Problem, true_values
+
+from megatron_global_lbl.metrics import read
 
 PROBLEM = Problem("global", 2, 3)
 
@@ -36,8 +36,8 @@ def show(pool: Pool) -> Finding:
     upstream = logged(pool, PROBLEM, Layout(), None, side_by_side.UPSTREAM, names)
     with tempfile.TemporaryDirectory() as folder:
         plugin = logged(pool, PROBLEM, Layout(), {**side_by_side.PLUGIN, "metrics_dir": folder}, {}, own_names)
-        line = json.loads((Path(folder) / "balance.pp0.jsonl").read_text(encoding="utf-8").splitlines()[-1])
-    recorded = sum(line["lbl_global"]) / len(line["lbl_global"])
+        (run,) = read(folder)
+    recorded = float(run.metrics["lbl_global"][-1].mean())
     rows = []
     spurious = "load_balancing_loss" in upstream
     if names is not None:

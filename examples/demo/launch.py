@@ -49,14 +49,14 @@ class RunFiles:
 
     @property
     def balance(self) -> Path:
-        return self.folder / "balance" / "balance.pp0.jsonl"
+        return self.folder / "balance"
 
 
 def command(scope: str, arguments: list[str], files: RunFiles, processes: int) -> list[str]:
     """The command line of one training; the flags of the plugin are its last ones."""
     launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
     launcher += ["--master-addr", "127.0.0.1", "--master-port", str(_free_port())]
-    plugin = ["--moe-lbl-scope", scope, "--moe-lbl-metrics-dir", str(files.balance.parent)]
+    plugin = ["--moe-lbl-scope", scope, "--moe-lbl-metrics-dir", str(files.balance)]
     if scope == "window":
         plugin += ["--moe-lbl-window-steps", str(WINDOW_STEPS)]
     report = ["--validation-report", str(files.validation)]
@@ -77,7 +77,7 @@ def train(
     Raises:
         TrainingFailedError: if it does not end well.
     """
-    shutil.rmtree(files.folder, ignore_errors=True)  # the balance record is appended to
+    shutil.rmtree(files.folder, ignore_errors=True)  # the balance record would be continued
     files.folder.mkdir(parents=True)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "TORCH_CPP_LOG_LEVEL": "ERROR"}
     # The processes of this one machine talk over loopback, whatever the machine's name resolves to.

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from statistics import mean
 from typing import Any
+
+from megatron_global_lbl import metrics
 
 from demo.launch import RunFiles, Step
 
@@ -70,22 +71,16 @@ def read(scope: str, files: RunFiles, steps: list[Step]) -> Result:
         valid_loss.setdefault(entry["iteration"], {})[entry["name"]] = entry["loss"]
         # The last evaluation, after the training, wins.
         frequencies[entry["name"]] = [[count / sum(layer) for count in layer] for layer in entry["tokens_per_expert"]]
-    balance = read_balance(files.balance)
-    last = balance[-max(1, round(LAST_PART * len(balance))) :]
+    (balance,) = metrics.read(files.balance)
+    last = slice(-max(1, round(LAST_PART * len(balance.iterations))), None)
     times = sorted(step.milliseconds for step in steps)
     return Result(
         scope=scope,
         train_loss=[(step.iteration, step.loss) for step in steps],
         valid_loss=valid_loss,
         frequencies=frequencies,
-        lbl_global=mean(mean(step["lbl_global"]) for step in last),
-        lbl_micro=mean(mean(step["lbl_micro"]) for step in last),
-        max_vio=mean(mean(step["max_vio"]) for step in last),
+        lbl_global=float(balance.metrics["lbl_global"][last].mean()),
+        lbl_micro=float(balance.metrics["lbl_micro"][last].mean()),
+        max_vio=float(balance.metrics["max_vio"][last].mean()),
         seconds_per_step=times[len(times) // 2] / 1000,
     )
-
-
-def read_balance(path: Path) -> list[dict[str, Any]]:
-    """The steps of a balance record (its first line is the header)."""
-    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    return [line for line in lines if "iteration" in line]

@@ -20,19 +20,27 @@ from megatron_global_lbl.core.loss import score_gradient
 from megatron_global_lbl.settings import Scope, Sync
 
 
-def count(layer: Layer, selection: Tensor, padding_mask: Tensor | None, *, in_scope: bool) -> CountedForward:
-    """Count a forward that is running now, and start the reductions that the scope needs.
+def selections_per_expert(selection: Tensor, padding_mask: Tensor | None) -> Tensor:
+    """[E] int32 selections of one forward on this rank.
 
     Args:
-        layer: whose forward it is.
         selection: [T, E] bool, the experts that the router selected for each token.
         padding_mask: [T] bool, True for padding; None when every token is valid.
-        in_scope: a loss will be attached; otherwise the forward only fills a window.
     """
     if padding_mask is not None:
         selection = selection & ~padding_mask.unsqueeze(1)
     # int32 is enough for one micro-batch (2^31 tokens over all ranks), and is what travels.
-    counts_E = selection.sum(dim=0, dtype=torch.int32)
+    return selection.sum(dim=0, dtype=torch.int32)
+
+
+def count(layer: Layer, counts_E: Tensor, *, in_scope: bool) -> CountedForward:
+    """Count a forward that is running now, and start the reductions that the scope needs.
+
+    Args:
+        layer: whose forward it is.
+        counts_E: its `selections_per_expert`; summed over ranks in place.
+        in_scope: a loss will be attached; otherwise the forward only fills a window.
+    """
     layer.captured |= is_capturing(counts_E)
     scope = SCOPES[layer.table.settings.scope]
     scope.add_to_step(layer, counts_E)
@@ -43,10 +51,14 @@ class CountedForward(AwaitedBackward):
     """What one forward of one layer leaves for its backward: nothing of size [T, E].
 
     Attributes:
-        is_fused: counted by the kernels (fused/counted.py).
+        is_fused: counted by the kernels (fused/counted.py), which make the sums below.
+        own_counts_E: [E] int32 selections on this rank alone, if something looks on.
+        score_sums_E: [E] float32 summed scores on this rank.
     """
 
     is_fused = False
+    own_counts_E: Tensor | None = None
+    score_sums_E: Tensor | None = None
 
     def __init__(self, layer: Layer, counts_E: Tensor, in_scope: bool, copy_E: Tensor | None = None) -> None:
         """

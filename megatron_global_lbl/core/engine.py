@@ -12,15 +12,17 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from weakref import WeakKeyDictionary
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from megatron_global_lbl.core.attach import attach_loss
-from megatron_global_lbl.core.balance import CountedForward, count
+from megatron_global_lbl.core.balance import CountedForward, count, selections_per_expert
 from megatron_global_lbl.core.collective import BalanceGroup, is_capturing
 from megatron_global_lbl.core.fused.attach import LossOnLogits, attach_to_logits
 from megatron_global_lbl.core.fused.choice import FUSED, Choice, why_not
 from megatron_global_lbl.core.layers import Layer, LayerTable
+from megatron_global_lbl.core.observe import observed
 from megatron_global_lbl.core.recompute import FirstForward, Pass, Recomputation
 from megatron_global_lbl.core.router_forward import Record, RouterForward
 from megatron_global_lbl.core.router_info import RouterInfo, RouterLoss
@@ -56,7 +58,7 @@ class Engine:
         self._tables: list[LayerTable] = []
         self._groups: dict[tuple[int, int], BalanceGroup] = {}
         self._met: set[str] = set()
-        self._met_twice = False
+        self._met_twice = self._acts = False
         self._loaded_by_key: dict[str, dict] = {}
         self._loaded: WeakKeyDictionary[nn.Module, dict] = WeakKeyDictionary()
         self._without_loss: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
@@ -66,6 +68,11 @@ class Engine:
     def has_counted(self) -> bool:
         """Whether a forward has run in Python since the last step's end, of any model."""
         return any(layer.ran for layer in self._layers_of(None))
+
+    @property
+    def looks_on(self) -> bool:
+        """Whether forwards without a loss of the scope's are worth telling."""
+        return self._record is not None
 
     @property
     def may_have_counted(self) -> bool:
@@ -101,8 +108,8 @@ class Engine:
         if which is Pass.SECOND:
             counted = self.recomputation.call.take_up(layer).counted
             return RouterForward(layer, which, loss, counted is not None and counted.in_scope, counted)
-        in_scope = self.settings.scope is not Scope.MICRO and self._iteration(layer) >= self.settings.start_iter
-        return RouterForward(layer, which, loss, in_scope)
+        acts = self.settings.scope is not Scope.MICRO and layer.info.acts
+        return RouterForward(layer, which, loss, acts and self._iteration(layer) >= self.settings.start_iter)
 
     def before_selection(self, forward: RouterForward, logits: Tensor, score_function: str | None) -> Tensor:
         """The router selects next; decides whether the kernels take this forward.
@@ -143,17 +150,21 @@ class Engine:
         layer, selection, scores = forward.layer, forward.selection, forward.scores
         assert selection is not None
         layer.ran = True
-        if is_capturing(selection) and (self._record is not None or self.settings.start_iter):
-            raise ConfigError(
-                "--moe-lbl-metrics-dir and --moe-lbl-start-iter are not supported with CUDA graphs of the router; allowed: "
-                "without them, or graphs of other modules"
-            )
-        if self._record is not None and scores is not None:
-            self._record.observe(layer, scores=scores, selection=selection, padding_mask=padding_mask)
+        if is_capturing(selection):
+            self._refuse_capture()
         counted = forward.counted
         # A window fills before `--moe-lbl-start-iter`, too; and f holds forwards whose own coefficient is 0.
-        if forward.which is not Pass.SECOND and (forward.in_scope or self.settings.scope is Scope.WINDOW):
-            counted = self._count(forward, selection, padding_mask)
+        counts = forward.which is not Pass.SECOND and (forward.in_scope or layer.table.window is not None)
+        record = self._record if forward.which is not Pass.FIRST else None
+        counts_E = score_sums_E = None
+        if forward.logits is None and (counts or record is not None):
+            counts_E = selections_per_expert(selection, padding_mask)
+        if scores is not None:
+            score_sums_E = scores.detach().sum(dim=0, dtype=torch.float32)
+        if counts:
+            counted = self._count(forward, counts_E, selection, padding_mask)
+        if record is not None:
+            record.observe(layer, observed(forward, counted, counts_E, score_sums_E, record.wants_entropy))
         if forward.which is Pass.FIRST:
             call = self.recomputation.call
             call.keep(FirstForward(layer, counted))
@@ -175,16 +186,20 @@ class Engine:
         if forward.loss is None or not (probs.requires_grad or (scores is not None and scores.requires_grad)):
             counted.backward_has_come()  # the coefficient is 0, or all that leads here is frozen
             return probs
-        assert scores is not None
+        assert scores is not None and score_sums_E is not None
         layer.kind = forward.loss.kind
-        counted.observe(scores.detach().sum(dim=0))
+        counted.observe(score_sums_E)
         if forward.which is Pass.ONLY:
             counted.await_backward()
         return attach_loss(probs=probs, scores=scores, counted=counted, coeff=forward.loss.coeff)
 
-    def _count(self, forward: RouterForward, selection: Tensor, padding_mask: Tensor | None) -> CountedForward:
-        if forward.logits is None:
-            return count(forward.layer, selection, padding_mask, in_scope=forward.in_scope)
+    def _count(
+        self, forward: RouterForward, counts_E: Tensor | None, selection: Tensor, padding_mask: Tensor | None
+    ) -> CountedForward:
+        if counts_E is not None:  # summed over ranks in place, so what looks on keeps another
+            counts_E = counts_E if self._record is None else counts_E.clone()
+            return count(forward.layer, counts_E, in_scope=forward.in_scope)
+        assert forward.logits is not None
         # Imported here: it needs Triton.
         from megatron_global_lbl.core.fused.counted import count as count_fused
 
@@ -195,11 +210,12 @@ class Engine:
             padding_mask,
             score_function=forward.score_function,
             log=forward.attached is not None,
+            keep=self._record is not None,
         )
 
     def _why_not_fused(self, forward: RouterForward, logits: Tensor, score_function: str | None) -> str | None:
-        if self._record is not None:
-            return "--moe-lbl-metrics-dir needs the scores"
+        if self._record is not None and self._record.wants_entropy:
+            return "--moe-lbl-metrics detailed needs the scores"
         if forward.loss is not None and not forward.loss.alone:
             return "another auxiliary loss of the router needs the scores"
         if forward.counted is not None and not forward.counted.is_fused:
@@ -265,12 +281,14 @@ class Engine:
                     "backward; allowed: forwards that are not trained on under torch.no_grad() or after model.eval(), and a "
                     "model's step end after all its backwards"
                 )
-        if not ended:
+        if not any(layer.info.acts for layer in ended):
             self._refuse_nothing_to_act_on(routers)
+        if not ended:
             return False
         iteration = self._iteration(ended[0])
-        if not any(layer.kind for layer in ended) and iteration >= self.settings.start_iter:
-            self._say_coefficient_is_zero(ended[0])
+        acting = [layer for layer in ended if layer.info.acts]
+        if acting and not any(layer.kind for layer in acting) and iteration >= self.settings.start_iter:
+            self._say_coefficient_is_zero(acting[0])
         for table in list(self._tables):
             of_table = [layer for layer in table.layers if layer in ended]
             if of_table and len(of_table) < len(table.layers):
@@ -295,6 +313,8 @@ class Engine:
         for table in self._tables:
             if any(layer in layers for layer in table.layers):
                 table.repeat_step()
+        if self._record is not None:
+            self._record.repeat_step(layers)
 
     def close(self) -> None:
         """Leave nothing under way; a backward that still comes says that it comes too late."""
@@ -363,6 +383,7 @@ class Engine:
         layer = self._layers[router] = Layer(info, table)
         self._met_twice |= info.key in self._met
         self._met.add(info.key)
+        self._acts |= info.acts
         loaded = self._loaded.pop(router, None) or self._loaded_by_key.pop(info.key, None)
         if loaded is not None:
             restore(layer, loaded)
@@ -385,12 +406,23 @@ class Engine:
         if self._record is not None and layers:
             self._record.drop(layers)
 
+    def _refuse_capture(self) -> None:
+        if self.settings.start_iter:
+            raise ConfigError(
+                f"--moe-lbl-start-iter {self.settings.start_iter} is not supported with CUDA graphs of the router; allowed: "
+                "without it, or graphs of other modules"
+            )
+        if self._record is not None:
+            self._record.refuse_capture()
+
     def _refuse_nothing_to_act_on(self, routers: Routers | None) -> None:
         """A model without a loss may stand beside one with, whose first step is still to come: so not at its first end."""
+        if self.settings.scope is Scope.MICRO:
+            return
         of_step = [router for router in self._without_loss if routers is None or router in routers]
         for router in of_step:
             self._without_loss[router] += 1
-        if not self._met and any(self._without_loss[router] > 1 for router in of_step):
+        if not self._acts and any(self._without_loss[router] > 1 for router in of_step):
             raise ConfigError(
                 f"--moe-lbl-scope {self.settings.scope.value} has nothing to act on: no router of this step has "
                 "aux_loss or global_aux_loss in --moe-router-load-balancing-type"

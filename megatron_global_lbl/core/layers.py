@@ -106,6 +106,7 @@ class LayerTable:
         """
         self.num_experts, self.topk, self.group, self.settings = info.num_experts, info.topk, group, settings
         self.whole_graph = whole_graph
+        self.acts = info.acts
         self.counts_LC = torch.zeros(rows, info.num_experts + 1, dtype=torch.int64, device=info.device)
         if is_capturing(self.counts_LC):
             raise ConfigError(
@@ -120,12 +121,12 @@ class LayerTable:
         self.removed = False
         self.can_repeat = False
         self._logged: list[tuple[Layer, Tensor, str]] = []
-        steps = settings.window_steps
+        steps = settings.window_steps if info.acts else None
         self.window = None if steps is None else Window(steps, group, self.counts_LC, info.topk)
 
     def takes(self, info: RouterInfo, group: BalanceGroup) -> bool:
         """Whether a layer that is met for the first time belongs here."""
-        alike = (self.num_experts, self.topk) == (info.num_experts, info.topk) and self.group is group
+        alike = (self.num_experts, self.topk, self.acts) == (info.num_experts, info.topk, info.acts) and self.group is group
         return alike and self.takes_more and len(self.layers) < len(self.counts_LC)
 
     def add(self, layer: Layer) -> None:

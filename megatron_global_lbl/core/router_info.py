@@ -40,10 +40,12 @@ class RouterInfo:
         num_experts: E.
         topk: experts per token.
         num_layers: of the whole model, multi-token prediction included.
+        mtp_layers: of multi-token prediction.
         applications: how often it is applied per micro-batch; more than 1 in a repeated multi-token prediction layer.
         per_token: `--calculate-per-token-loss`.
         device: of its tensors.
         backward_scale: see `BackwardScale`.
+        acts: whether it has an auxiliary loss for the scope to act on, whatever its coefficient.
         log: takes the layer's LBL at the step's end (sum over micro-batches, this rank's share) and the loss' kind.
     """
 
@@ -54,8 +56,10 @@ class RouterInfo:
     num_experts: int
     topk: int
     num_layers: int
+    mtp_layers: int
     applications: int
     per_token: bool
     device: torch.device
     backward_scale: BackwardScale
+    acts: bool
     log: Callable[[Tensor, str], None]

@@ -49,6 +49,13 @@ def stage_name(stage: dist.ProcessGroup) -> str:
     return f"rank{min(dist.get_process_group_ranks(stage))}"
 
 
+def pipeline_group() -> dist.ProcessGroup | None:
+    """One rank of each pipeline stage, this one among them; None without Megatron's global groups."""
+    from megatron.core import parallel_state
+
+    return parallel_state.get_pipeline_model_parallel_group() if parallel_state.model_parallel_is_initialized() else None
+
+
 def backward_scale(config) -> Callable[[], Tensor | float]:
     """Reads the factor that the schedule sets for auxiliary losses before each backward.
 

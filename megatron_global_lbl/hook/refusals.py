@@ -10,6 +10,8 @@ from megatron_global_lbl.hook import compatibility
 from megatron_global_lbl.hook.log import KEYS
 from megatron_global_lbl.settings import ConfigError, Scope, Settings, flag
 
+UNSEEN = ("sinkhorn", "quantile_balancing")
+"""Types of load balancing that do not select through `topk_routing_with_score_function`."""
 CHECKPOINT_FORMATS = ("torch", "torch_dist", "fsdp_dtensor")
 
 MEGATRON_FSDP = "FullyShardedDataParallel"  # the class; PyTorch's is TorchFullyShardedDataParallel
@@ -17,9 +19,11 @@ PROVEN_WRAPPERS = "Megatron's DDP, or --use-megatron-fsdp on Megatron-Core 0.19 
 
 
 def asked_for(settings: Settings) -> str:
-    """The flag that needs a load-balancing loss: the scope, or in scope `micro` the record of it."""
-    if settings.scope is Scope.MICRO:
+    """The flag that needs MoE layers: the scope, or in scope `micro` what looks on."""
+    if settings.scope is Scope.MICRO and settings.metrics_dir is not None:
         return f"{flag('metrics_dir')} {settings.metrics_dir}"
+    if settings.scope is Scope.MICRO and settings.metrics is not None:
+        return f"{flag('metrics')} {settings.metrics.value}"
     return f"{flag('scope')} {settings.scope.value}"
 
 
@@ -42,7 +46,10 @@ def refuse_arguments(args: Any, settings: Settings) -> None:
         ConfigError: the settings cannot work with them.
     """
     chosen = asked_for(settings)
-    refuse_nothing_to_act_on(args, chosen)
+    if settings.scope is Scope.MICRO:
+        refuse_nothing_to_see(args, chosen)
+    else:
+        refuse_nothing_to_act_on(args, chosen)
     settings.require_group_size_fits(args.data_parallel_size)
     for name in ("use_megatron_fsdp", "use_torch_fsdp2"):
         if getattr(args, name, False) and not (name == "use_megatron_fsdp" and compatibility.fsdp_is_proven()):
@@ -53,11 +60,32 @@ def refuse_arguments(args: Any, settings: Settings) -> None:
         )
     refuse_no_warm_up(args, chosen)
     if compatibility.cuda_graphs(args) != "none":
-        for name in ("metrics_dir", "start_iter"):  # both need Python in every forward
-            if getattr(settings, name):
-                raise ConfigError(f"{flag(name)} {getattr(settings, name)} is not supported with CUDA graphs; allowed: without")
+        needs_python = {  # in every forward
+            "metrics": settings.metrics.value if settings.metrics is not None and settings.shows_metrics else None,
+            "metrics_dir": settings.metrics_dir,
+            "start_iter": settings.start_iter,
+        }
+        for name, value in needs_python.items():
+            if value:
+                raise ConfigError(f"{flag(name)} {value} is not supported with CUDA graphs; allowed: without")
     if settings.scope is Scope.WINDOW:
         refuse_window(args, chosen)
+
+
+def refuse_nothing_to_see(args: Any, chosen: str) -> None:
+    """
+    Raises:
+        ConfigError: no MoE, or one whose selection is not seen.
+    """
+    if not args.num_experts:
+        raise ConfigError(f"{chosen} needs a mixture of experts: --num-experts is not set")
+    unseen = [kind for kind in losses(args) if kind in UNSEEN]
+    if unseen:
+        raise ConfigError(
+            f"{chosen} is not supported with --moe-router-load-balancing-type {unseen[0]}, which selects in a way of its own; "
+            "allowed: aux_loss, seq_aux_loss, global_aux_loss, none"
+        )
+    refuse_two_losses([kind for kind in losses(args) if kind in KEYS], chosen)
 
 
 def refuse_nothing_to_act_on(args: Any, chosen: str) -> None:

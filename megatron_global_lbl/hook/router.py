@@ -45,6 +45,7 @@ def install(patches: Patches, engine: Engine) -> None:
             forward = begin(self) if self.training else None
             if forward is None:
                 return original(self, logits, **kwargs)
+            forward.sequences = logits.shape[1] if logits.dim() > 2 else 1
             forwards.append(forward)
             forward.score_function = self.score_function
             try:
@@ -57,9 +58,10 @@ def install(patches: Patches, engine: Engine) -> None:
         return routing
 
     def begin(router) -> RouterForward | None:
-        if LOSS_METHODS.keys().isdisjoint(refusals.kinds_of(router.routing_type)):
+        if not _acts(router):
             engine.note_router_without_loss(router)
-            return None
+            if not engine.looks_on or router.routing_type in refusals.UNSEEN:
+                return None
         if engine.was_trained(router) and _gradient_is_gone(router):
             engine.begin_step([router])
         loss = _loss(router)
@@ -92,7 +94,10 @@ def install(patches: Patches, engine: Engine) -> None:
                     return forward.selection, own
             if padding_mask is not None:  # a parameter since 0.16
                 kwargs["padding_mask"] = padding_mask
-            return original(logits, topk, score_function, fused=fused, **kwargs)
+            routing_map, of_losses = original(logits, topk, score_function, fused=fused, **kwargs)
+            if forward is not None and forward.loss is None:  # of another loss: what looks on may have them
+                forward.scores = of_losses
+            return routing_map, of_losses
 
         return compute_routing_scores_for_aux_loss
 
@@ -131,6 +136,11 @@ def _require_map(routing_map, probs: Tensor) -> Tensor:
         f"allowed: torch.bool of the probabilities' shape, as in Megatron-Core {SUPPORTED}; without --moe-router-fusion if it "
         "comes from Transformer Engine's kernel"
     )
+
+
+def _acts(router) -> bool:
+    """Whether it has an auxiliary loss for a scope to act on, whatever the coefficient."""
+    return not LOSS_METHODS.keys().isdisjoint(refusals.kinds_of(router.routing_type))
 
 
 def _loss(router) -> RouterLoss | None:
@@ -186,9 +196,11 @@ def _info(router) -> RouterInfo:
         num_experts=config.num_moe_experts,
         topk=router.topk,
         num_layers=num_layers,
+        mtp_layers=config.mtp_num_layers or 0,
         applications=applications,
         per_token=config.calculate_per_token_loss,
         device=router.weight.device,
         backward_scale=compatibility.backward_scale(config),
+        acts=_acts(router),
         log=log_loss,
     )

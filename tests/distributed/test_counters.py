@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 
 import harness
+import numpy as np
 import pytest
 from compare import assembled_selections, check, run_ranks
 from layout import Layout
 from truth import Problem
+
+from megatron_global_lbl.metrics import read
 
 
 @pytest.mark.core
@@ -18,11 +20,13 @@ def test_exact_after_600_micro_batches_in_bf16(workers, tmp_path):
     problem = Problem("global", 2, 600, layers=1, seq=4, batch=1, dtype="bfloat16")
     ranks = run_ranks(workers, problem, Layout(), {"scope": "global", "metrics_dir": str(tmp_path)}, router_dtype="fp32")
     selections = assembled_selections(problem, ranks)[0]
-    header, step = map(json.loads, (tmp_path / "balance.pp0.jsonl").read_text().splitlines())
-    assert header["layers"] == [1]
-    for counted, selection in zip(step["tokens_per_expert"], selections, strict=True):
-        assert counted == selection.flatten(0, 3).sum(0).tolist()
-        assert sum(counted) == 600 * problem.dp * problem.seq * problem.topk
+    (run,) = read(tmp_path)
+    assert run.layers == ["0"] and run.tokens.tolist() == [600 * problem.dp * problem.seq]
+    for load, selection in zip(run.load([0])[0], selections, strict=True):
+        counts = selection.flatten(0, 3).sum(0)
+        np.testing.assert_allclose(load, counts / counts.float().mean(), rtol=1e-3)  # float16
+        max_vio = counts.max() / counts.float().mean() - 1
+        np.testing.assert_allclose(run.metrics["max_vio"][0, 0], max_vio, rtol=1e-6)
 
 
 def test_gradient_after_300_micro_batches_in_bf16(workers):

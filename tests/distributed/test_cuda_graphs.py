@@ -24,7 +24,7 @@ def test_replay_counts_and_gives_the_gradient(workers, scope):
     assert expected[-1][0][1].norm() > 0
 
 
-@pytest.mark.parametrize("option", [{"metrics_dir": "x"}, {"start_iter": 1}])
+@pytest.mark.parametrize("option", [{"metrics": "brief"}, {"start_iter": 1}])
 def test_what_needs_python_in_every_forward_is_refused(workers, option):
     problem = Problem("global", 1, 1, layers=1)
     with pytest.raises(CaseFailed, match="not supported with CUDA graphs"):

@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import importlib.util
-import json
 import os
 import re
 import shutil
@@ -25,6 +24,7 @@ from launch import ROOT, TIMEOUT_SECONDS, TINY
 from megatron_global_lbl.command import main
 from megatron_global_lbl.command.insertions import fits, insertions
 from megatron_global_lbl.command.patch import patches_dir, pinned
+from megatron_global_lbl.metrics import read
 
 HERE = Path(__file__).parent
 FILE, PINNED = pinned()
@@ -95,10 +95,10 @@ def train(tree: Path, directory: Path, *launcher: str) -> str:
 def assert_trained_with_the_hook(printed: str, directory: Path) -> None:
     assert printed.count("> moe-lbl: scope global; f counted over 8 sequences: 2 dp ranks x 4 micro-batches x 1") == 1
     assert len(re.findall(r"iteration +[123]/ +3 ", printed)) == 3
-    header, *steps = map(json.loads, (directory / "balance.pp0.jsonl").read_text().splitlines())
-    assert header["scope"] == "global" and [step["iteration"] for step in steps] == [1, 2, 3]
-    for step in steps:  # 8 sequences of 32 tokens, top-2, in each of the 2 layers
-        assert step["tokens"] == 256 and [sum(layer) for layer in step["tokens_per_expert"]] == [512, 512]
+    assert len(re.findall(r"moe-lbl/lbl_global: 1\.\d+E\+00 \| moe-lbl/lbl_micro: ", printed)) == 3, "not in Megatron's line"
+    (run,) = read(directory)
+    assert run.header["scope"] == "global" and run.iterations.tolist() == [1, 2, 3] and run.layers == ["0", "1"]
+    assert run.tokens.tolist() == [256, 256, 256] and run.sequences.tolist() == [8, 8, 8]
 
 
 @pytest.mark.parametrize("release", WHEELS)

@@ -44,7 +44,16 @@ GLOBAL = ("--moe-lbl-scope", "global")
         (arguments(*GLOBAL, "--moe-lbl-window-steps", "4"), "--moe-lbl-window-steps 4 has no effect"),
         (arguments("--moe-lbl-scope", "window", "--moe-lbl-window-steps", "0"), "allowed: an integer >= 1"),
         (arguments(*GLOBAL, "--moe-lbl-start-iter", "-1"), "--moe-lbl-start-iter -1: not allowed"),
-        (arguments("--moe-lbl-metrics-dir", "d", moe_aux_loss_coeff=0.0), "--moe-lbl-metrics-dir d has nothing to act on"),
+        (arguments("--moe-lbl-metrics", "all"), "--moe-lbl-metrics all: unknown; allowed: brief, detailed, off"),
+        (arguments("--moe-lbl-metrics-dir", "d", num_experts=None), "--moe-lbl-metrics-dir d needs a mixture of experts"),
+        (
+            arguments("--moe-lbl-metrics", "brief", moe_router_load_balancing_type="sinkhorn"),
+            "--moe-lbl-metrics brief is not supported with --moe-router-load-balancing-type sinkhorn",
+        ),
+        (
+            arguments(*GLOBAL, "--moe-lbl-metrics", "brief", cuda_graph_impl="local"),
+            "--moe-lbl-metrics brief is not supported with CUDA graphs; allowed: without",
+        ),
         (arguments(*GLOBAL, use_torch_fsdp2=True), "not supported with --use-torch-fsdp2; allowed: Megatron's DDP"),
         (
             arguments(*GLOBAL, cuda_graph_impl="full_iteration", cuda_graph_warmup_steps=0),

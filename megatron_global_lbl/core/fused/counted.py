@@ -12,7 +12,14 @@ from megatron_global_lbl.settings import Scope
 
 
 def count(
-    layer: Layer, logits: Tensor, selection: Tensor, padding_mask: Tensor | None, *, score_function: str, log: bool
+    layer: Layer,
+    logits: Tensor,
+    selection: Tensor,
+    padding_mask: Tensor | None,
+    *,
+    score_function: str,
+    log: bool,
+    keep: bool,
 ) -> FusedForward:
     """Count a forward in scope that is running now, and start the reductions that the scope needs.
 
@@ -23,39 +30,44 @@ def count(
         padding_mask: [T] bool, True for padding; None when every token is valid.
         score_function: Megatron's name of it.
         log: its backward will come: in scope `window` the scores may be summed into the step's at once.
+        keep: something looks on, and wants this rank's counts and summed scores by themselves.
     """
     settings = layer.table.settings
-    log_now = log and settings.scope is Scope.WINDOW
+    log_now = log and settings.scope is Scope.WINDOW and not keep
     counts, sums_E = launch.count(
         logits.detach().contiguous(),
         selection,
         padding_mask,
         score_function=score_function,
-        copies=2 if settings.micro_coeff else 1,
+        copies=1 + bool(settings.micro_coeff) + keep,
         ticket=layer.ticket,
         step_C=layer.counts_C,
         scope=settings.scope,
         add_sums_to=layer.score_sums_E if log_now else None,
     )
     layer.captured |= is_capturing(counts)
-    return FUSED_SCOPES[settings.scope](layer, counts, sums_E, logged=log_now)
+    return FUSED_SCOPES[settings.scope](layer, counts, sums_E, logged=log_now, keep=keep)
 
 
 class FusedForward(CountedForward):
     """A counted forward whose scores are summed, too."""
 
     is_fused = True
+    score_sums_E: Tensor
 
-    def __init__(self, layer: Layer, counts: Tensor, score_sums_E: Tensor, *, logged: bool) -> None:
+    def __init__(self, layer: Layer, counts: Tensor, score_sums_E: Tensor, *, logged: bool, keep: bool) -> None:
         """
         Args:
             layer: whose forward it is.
-            counts: [1 or 2, E] int32; with a micro-batch LBL twice, since each is summed in place over ranks of its own.
+            counts: [1 to 3, E] int32, the same; with a micro-batch LBL the second is summed over ranks of its own in place, and
+                the last is left alone if it is to be kept.
             score_sums_E: [E] float32 of this rank's valid tokens.
             logged: they have been added to the step's.
+            keep: see `count`.
         """
-        super().__init__(layer, counts[0], True, copy_E=counts[-1])
+        super().__init__(layer, counts[0], True, copy_E=counts[1] if len(counts) > 1 else None)
         self.score_sums_E, self._logged = score_sums_E, logged
+        self.own_counts_E = counts[-1] if keep else None
 
     def observe_own(self) -> None:
         """The backward of this forward will come: its scores belong into the log. `dp` and `global` add them there."""

@@ -1,0 +1,54 @@
+"""The directory of a balance record, before the training: can be written, holds nothing broken, and is nobody else's."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+import torch.distributed as dist
+
+from megatron_global_lbl.metrics.frames import RecordError, scan
+from megatron_global_lbl.metrics.lock import Lock
+from megatron_global_lbl.settings import ConfigError, flag
+
+
+def _rank() -> int | None:
+    """None before anybody knows: processes that were started by hand, and not initialised yet."""
+    if dist.is_initialized():
+        return dist.get_rank()
+    return int(os.environ["RANK"]) if "RANK" in os.environ else None
+
+
+class RecordDirectory:
+    """Made and checked on every rank; rank 0 holds its lock for the run until `release`."""
+
+    def __init__(self, directory: str) -> None:
+        """
+        Raises:
+            ConfigError: it cannot be made or written, another training writes there, or what it holds cannot be continued.
+        """
+        self._lock: Lock | None = None
+        name = f"{flag('metrics_dir')} {directory}"
+        try:
+            Path(directory).mkdir(parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile(dir=directory):
+                pass
+            if _rank() == 0:
+                self._lock = Lock(directory)
+                for path in sorted(Path(directory).glob("*.balance")):
+                    scan(path)
+        except OSError as error:
+            reason = error.strerror or str(error)
+            raise ConfigError(f"{name}: {reason}; allowed: a directory that can be written, one for each training") from None
+        except RecordError as error:
+            self.release()
+            raise ConfigError(
+                f"{name} cannot be continued: {error}; allowed: another directory, or that file moved away"
+            ) from None
+
+    def release(self) -> None:
+        """Let other trainings write there; doing it again changes nothing."""
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None

@@ -1,0 +1,83 @@
+"""The balance in Megatron's own log: its line, TensorBoard and W&B say the same as the record, over a resume, too."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from launch import train
+
+from megatron_global_lbl.metrics import read
+
+LAYOUT = ["--pipeline-model-parallel-size", "2", "--expert-model-parallel-size", "2"]
+MTP = ["--mtp-num-layers", "1"]
+
+
+def wandb_rows(directory: Path) -> list[dict[str, float]]:
+    """What an offline run of W&B holds, read back by W&B."""
+    import json
+
+    from wandb.proto import wandb_internal_pb2
+    from wandb.sdk.internal.datastore import DataStore
+
+    (path,) = directory.rglob("*.wandb")
+    store = DataStore()
+    store.open_for_scan(str(path))
+    rows = []
+    while (data := store.scan_data()) is not None:
+        record = wandb_internal_pb2.Record()
+        record.ParseFromString(data)
+        if record.WhichOneof("record_type") == "history":
+            rows.append({item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in record.history.item})
+    return rows
+
+
+def test_log_line_tensorboard_wandb_and_record_agree(tmp_path, monkeypatch):
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    checkpoint, balance = tmp_path / "checkpoint", tmp_path / "balance"
+    common = [*LAYOUT, *MTP, "--moe-lbl-scope", "global", "--moe-lbl-metrics-dir", str(balance), "--log-interval", "2"]
+    wandb = ["--wandb-project", "p", "--wandb-exp-name", "e", "--wandb-save-dir", str(tmp_path)]
+    save = ["--save", str(checkpoint), "--save-interval", "3"]
+    whole = train(tmp_path, *common, *wandb, *save, processes=4)
+
+    (run,) = read(balance)
+    assert run.notes == [] and run.layers == ["0", "1", "mtp.0"]
+    assert (run.iterations.tolist(), run.steps.tolist()) == ([2, 4, 6], [2, 2, 2])
+    assert run.sequences.tolist() == [8, 8, 8] and run.tokens.tolist() == [256, 256, 256]
+    assert (run.header["log_interval"], run.header["data_parallel"], run.header["micro_batches"]) == (2, 2, 4)
+    assert run.header["alpha"] == 0.05 and run.header["settings"]["metrics"] == "brief"
+    np.testing.assert_allclose(run.load([0, 1, 2]).mean(axis=2), 1, rtol=1e-3)
+
+    worst = run.metrics["max_vio"].argmax(axis=1)
+    expected = {
+        "moe-lbl/lbl_global": run.metrics["lbl_global"].mean(axis=1),
+        "moe-lbl/lbl_micro": run.metrics["lbl_micro"].mean(axis=1),
+        "moe-lbl/max_vio": run.metrics["max_vio"].mean(axis=1),
+        "moe-lbl/max_vio_worst": run.metrics["max_vio"].max(axis=1),
+        "moe-lbl/max_vio_worst_layer": worst,
+        "moe-lbl/entropy": run.metrics["entropy"].mean(axis=1),
+        "moe-lbl/dead": run.metrics["dead"].mean(axis=1),
+        "moe-lbl/balance_sequences": run.sequences,
+    }
+    rows = {row["_step"]: row for row in wandb_rows(tmp_path)}
+    for key, values in expected.items():
+        scalars = whole.scalars(key)
+        assert list(scalars) == [2, 4, 6]
+        in_line = [float(value) for value in re.findall(rf" {key}: (\S+) \|", whole.output)]
+        for index, iteration in enumerate((2, 4, 6)):
+            for found in (scalars[iteration], in_line[index], rows[iteration][key]):
+                assert found == pytest.approx(values[index], rel=2e-6), (key, iteration)
+        assert len(in_line) == 3
+    # The loss that Megatron logs itself, of the last iteration of each interval, is that of a step; ours of two.
+    losses = whole.scalars("load_balancing_loss")
+    assert abs(losses[6] - run.metrics["lbl_global"][2].mean()) < 0.1
+
+    resumed = train(tmp_path / "resumed", *common, "--load", str(checkpoint), "--ckpt-step", "3", processes=4)
+    assert resumed.curve() == {step: whole.curve()[step] for step in (4, 5, 6)}
+    (continued,) = read(balance)
+    assert (continued.iterations.tolist(), continued.steps.tolist()) == ([2, 4, 6], [2, 1, 2])
+    np.testing.assert_array_equal(continued.metrics["max_vio"][[0, 2]], run.metrics["max_vio"][[0, 2]])
+    assert (continued.metrics["max_vio"][1] != run.metrics["max_vio"][1]).any()
