@@ -73,12 +73,17 @@ VARIANTS = {
     "dp blocking": Variant("aux_loss", (("scope", "dp"), ("sync", "blocking"))),
     "global blocking": Variant("aux_loss", (("scope", "global"), ("sync", "blocking"))),
     "window": Variant("aux_loss", (("scope", "window"),)),
+    # With the metrics that Megatron's log shows.
+    "dp brief": Variant("aux_loss", (("scope", "dp"), ("metrics", "brief"))),
+    "global brief": Variant("aux_loss", (("scope", "global"), ("metrics", "brief"))),
+    "global detailed": Variant("aux_loss", (("scope", "global"), ("metrics", "detailed"))),
+    "window brief": Variant("aux_loss", (("scope", "window"), ("metrics", "brief"))),
     # The others are these on a machine without a GPU.
     "dp plain": Variant("aux_loss", (("scope", "dp"),), plain=True),
     "global plain": Variant("aux_loss", (("scope", "global"),), plain=True),
     "window plain": Variant("aux_loss", (("scope", "window"),), plain=True),
 }
-DEFAULT_VARIANTS = [name for name in VARIANTS if "blocking" not in name and "plain" not in name]
+DEFAULT_VARIANTS = [name for name in VARIANTS if " " not in name]
 BASELINE = "none"
 COEFF = 1e-2
 

@@ -41,8 +41,9 @@ from latency import BACKWARD, FORWARD, Latency, Reduced  # noqa: E402
 from report import OtherLoad, machine, table  # noqa: E402
 from routers import COEFF, VARIANTS, Variant  # noqa: E402
 
-REFERENCE, CONTROL = "aux_loss", "aux_loss (again)"
-LOSSES = [REFERENCE, "global_aux_loss", "dp", "global", "window", CONTROL, "global blocking"]
+REFERENCE, AGAIN = "aux_loss", " (again)"
+DEFAULT_LOSSES = [REFERENCE, "global_aux_loss", "dp", "global", "window", REFERENCE + AGAIN, "global blocking"]
+LOSSES = [*DEFAULT_LOSSES, "global brief", "global detailed", "global" + AGAIN]
 WARM_UP_STEPS = 3
 REPEATS_PER_VISIT = 2  # on average; a machine busier than that is not fit for this
 MODEL = """
@@ -111,7 +112,7 @@ class Clock:
         visit = self._current
         if self._step == 0:
             self.latency.seconds = visit.latency
-            self._active.enter_context(active(VARIANTS[visit.loss.removesuffix(" (again)")], model))
+            self._active.enter_context(active(VARIANTS[visit.loss.removesuffix(AGAIN)], model))
             self._active.enter_context(timed_layers(model, self.layer_seconds if visit.untimed == WARM_UP_STEPS else None))
         if self._step == visit.untimed:
             dist.barrier()
@@ -178,7 +179,7 @@ def timed_layers(model: list[torch.nn.Module], seconds: list[float] | None) -> E
 
 def plan(latencies: list[float], rounds: int, steps: int, losses: list[str]) -> list[Visit]:
     """All visits in order; the first one warms up and is in no table."""
-    visits = [Visit(0.0, -1, REFERENCE, WARM_UP_STEPS, 1)]
+    visits = [Visit(0.0, -1, losses[0], WARM_UP_STEPS, 1)]
     for latency in latencies:
         for number in range(rounds):
             order = losses[number % len(losses) :] + losses[: number % len(losses)]
@@ -186,13 +187,13 @@ def plan(latencies: list[float], rounds: int, steps: int, losses: list[str]) -> 
     return visits
 
 
-def ratios(seconds: dict[Visit, float], latency: float, loss: str) -> list[float]:
+def ratios(seconds: dict[Visit, float], latency: float, loss: str, reference: str) -> list[float]:
     """Of every round: the loss' time over that of the reference in the same round."""
     by_round = {
         name: {visit.round: time for visit, time in seconds.items() if (visit.latency, visit.loss) == (latency, name)}
-        for name in (loss, REFERENCE)
+        for name in (loss, reference)
     }
-    return [by_round[loss][number] / by_round[REFERENCE][number] for number in sorted(by_round[loss]) if number >= 0]
+    return [by_round[loss][number] / by_round[reference][number] for number in sorted(by_round[loss]) if number >= 0]
 
 
 def interval_of_median(numbers: list[float]) -> tuple[float, float]:
@@ -203,18 +204,18 @@ def interval_of_median(numbers: list[float]) -> tuple[float, float]:
 
 
 def report(clock: Clock, latencies: list[float], losses: list[str]) -> str:
-    """One Markdown table per latency."""
+    """One Markdown table per latency; the reference is the first of the losses."""
     head = ["loss", "step, ms", "ratio", "95 %", "CPU time, ratio", "95 %", "all-reduces more", "bytes more"]
     head += ["waited for in the forward", "in the backward", "latency exposed in them, ms"]
     parts = []
     for latency in latencies:
         rows = []
-        reference = clock.reduced[latency, REFERENCE]
+        reference = clock.reduced[latency, losses[0]]
         for loss in losses:
             times = [time for visit, time in clock.seconds.items() if (visit.latency, visit.loss) == (latency, loss)]
             row = [loss, f"{statistics.median(times) * 1000:.1f}"]
             for measure in (clock.seconds, clock.cpu_seconds):
-                found = ratios(measure, latency, loss)
+                found = ratios(measure, latency, loss, losses[0])
                 low, high = interval_of_median(found)
                 row += [f"{statistics.median(found):.3f}", f"{low:.3f} to {high:.3f}"]
             reduced = clock.reduced[latency, loss]
@@ -239,13 +240,13 @@ def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument(
         "--disturbed", type=float, default=0.015, metavar="SHARE", help="of the CPU time that others may take during a visit"
     )
-    parser.add_argument("--losses", nargs="+", choices=LOSSES, default=LOSSES, metavar="LOSS")
+    parser.add_argument("--losses", nargs="+", choices=LOSSES, default=DEFAULT_LOSSES, metavar="LOSS", help=", ".join(LOSSES))
+    parser.add_argument("--reference", choices=LOSSES, default=REFERENCE, help="what ratios are taken to")
     parser.add_argument("--out", type=Path, help="write the report to this file as well")
     args = parser.parse_args(own)
     if args.rounds < 5:
         parser.error(f"--rounds {args.rounds}: too few for a median; allowed: >= 5")
-    if REFERENCE not in args.losses:
-        args.losses.insert(0, REFERENCE)
+    args.losses = [args.reference, *(loss for loss in args.losses if loss != args.reference)]
     return args, megatron
 
 

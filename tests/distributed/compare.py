@@ -45,6 +45,7 @@ def check(
     sync: str = "overlap",
     without: dict | None = None,
     fused: bool | None = None,
+    register: dict | None = None,
     **extra,
 ):
     """Every layer's gradients on every rank, every step, against the truth.
@@ -55,11 +56,13 @@ def check(
         sync: `--moe-lbl-sync`.
         without: fields of TransformerConfig for a run of Megatron alone whose gradient is subtracted: its own other losses.
         fused: every loss has to be computed by the Triton kernels, or none; None: as it comes.
+        register: more arguments of `lbl.register`.
         extra: more fields of TransformerConfig.
     """
     masks = masks_of_release(problem, layout)
     problem = dataclasses.replace(problem, pipeline=(layout.pp, layout.chunks), combined=layout.combined, masks=masks)
-    ranks = run_ranks(workers, problem, layout, register_arguments(problem) | {"sync": sync}, fused, **extra)
+    registered = register_arguments(problem) | {"sync": sync} | (register or {})
+    ranks = run_ranks(workers, problem, layout, registered, fused, **extra)
     low_precision = problem.dtype != "float32"
     expected = truth.gradients(problem, assembled_selections(problem, ranks) if low_precision else None)
     baseline = None if without is None else run_ranks(workers, problem, layout, None, **{**extra, **without})

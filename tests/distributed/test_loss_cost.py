@@ -69,6 +69,21 @@ def launches_of_steps(model: str, losses: list[str], router_dtype: str | None, l
     return {loss: launches - none for loss, launches in zip(losses, counts)}
 
 
+def test_metrics_cost_a_copy_per_layer_and_micro_batch(workers):
+    """And, per step, a few launches for all layers together; the host waits for nothing."""
+    names = ["global", "global brief", "dp brief", "window brief"]
+    costs = workers.run(measure, 2, "qwen3-30b-a3b", names, "fp32")[0]
+    for name in names[1:]:
+        assert costs[name][1] == [], f"{name} makes the host wait for the device"
+        assert costs[name][2] == costs["global"][2] or name == "window brief"
+    assert costs["global brief"][0] <= costs["global"][0] + 2, costs
+    few, many = (workers.run(launches_of_steps, 2, "qwen3-30b-a3b", names, "fp32", 8, m)[0] for m in (2, 4))
+    per_micro_batch = (many["global brief"] - many["global"] - few["global brief"] + few["global"]) / 2
+    per_step = few["global brief"] - few["global"] - 2 * per_micro_batch
+    assert per_micro_batch <= 8, "one copy per layer"
+    assert per_step <= 40, f"{per_step} launches per step for 8 layers"
+
+
 @pytest.mark.parametrize("model, router_dtype, layers, micro_batches", STEPS)
 def test_a_step_launches_less_than_with_aux_loss(workers, model, router_dtype, layers, micro_batches):
     costs = workers.run(launches_of_steps, 2, model, ["aux_loss", *SCOPES], router_dtype, layers, micro_batches)[0]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import harness
 import numpy as np
 import pytest
+from compare import check
 from layout import Layout
 from test_balance_record import assert_step, expected, steps_by_run
 from truth import Problem
@@ -80,6 +81,17 @@ def test_a_stage_without_moe_layers(workers):
     told = ranks[0][0]
     assert told["moe-lbl/max_vio_worst_layer"] == 1 and told["moe-lbl/balance_sequences"] == problem.dp * problem.batch
     assert len(told) == 3 * 5 + 2 and "moe-lbl/uncertainty" not in told
+
+
+@pytest.mark.parametrize("scope", ["dp", "global", "window"])
+def test_kernels_tell_the_same(workers, tmp_path, scope):
+    """The Triton kernels hand over their own sums, also when a layer is recomputed."""
+    problem = Problem(scope, 2, 2, 2, window_steps=2, masks="uneven", micro_coeff=0.003)
+    layout = Layout(recompute="full" if scope == "global" else None)
+    check(workers, problem, layout, fused=True, register={"metrics": "brief", "metrics_dir": str(tmp_path)})
+    (steps,) = steps_by_run(tmp_path)
+    for step, found in enumerate(steps):
+        assert_step(found, expected(problem, step, scope))
 
 
 @pytest.mark.parametrize("kind", ["none", "seq_aux_loss"])

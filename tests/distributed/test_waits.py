@@ -46,6 +46,16 @@ def test_blocking_waits_on_the_spot(workers, scope):
     assert counts == {("forward", "forward"): LAYERS * MICRO_BATCHES * STEPS}
 
 
+def test_metrics_wait_for_nothing_until_they_are_asked_for(workers):
+    """Over data-parallel ranks; what TP x CP ranks sum at a step's end is waited for at the next."""
+    counts = of_the_loss(workers, {"scope": "global", "metrics": "detailed"})
+    assert counts == {("forward", "backward"): LAYERS * MICRO_BATCHES * STEPS}
+    problem = Problem("global", 1, MICRO_BATCHES, STEPS, layers=LAYERS)
+    layout = Layout(tp=2)
+    both = [workers.run(reduced, 2, problem, layout, {"scope": "global", **more}, {}) for more in ({}, {"metrics": "brief"})]
+    assert both[1][0] - both[0][0] == {("step end", "step end"): STEPS - 1, ("step end", None): 1}
+
+
 def test_window_has_one_collective_per_step(workers):
     counts = of_the_loss(workers, {"scope": "window"})
     # Nobody needs what the last step has started; `Handle.remove` leaves nothing under way.
