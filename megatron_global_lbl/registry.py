@@ -42,7 +42,7 @@ class Handle:
 
         require_supported()
         self.settings = settings
-        self._directory = None if settings.metrics_dir is None else RecordDirectory(settings.metrics_dir)
+        self._directory: RecordDirectory | None = None
         self._metrics: Metrics | None = None
         if settings.observes:
             from megatron_global_lbl import __version__
@@ -52,6 +52,8 @@ class Handle:
         self._engine = Engine(settings, current_iteration, self._metrics)
         self._patches = Patches()
         try:
+            if settings.metrics_dir is not None:
+                self._directory = RecordDirectory(settings.metrics_dir)
             self._install()
         except BaseException:
             self._patches.restore()

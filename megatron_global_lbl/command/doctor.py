@@ -147,7 +147,7 @@ def _hooks() -> tuple[list[str], bool]:
         for i, text in enumerate([same, *new] if same else new):
             lines += _entry(f"scope {name}" if i == 0 else "", text)
         known = paths
-    lines += _entry("scope micro", "nowhere (Megatron as it is), unless --moe-lbl-metrics-dir asks for the record")
+    lines += _entry("scope micro", "nowhere (Megatron as it is), unless --moe-lbl-metrics or -metrics-dir asks for more")
     return lines, True
 
 

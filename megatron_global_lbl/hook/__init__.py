@@ -12,6 +12,7 @@ step            a model's step: `zero_grad_buffer`, `finalize_model_grads`, a CU
                 Engine.end_step
 rerun           iterations that Megatron runs again -> Engine.repeat_step
 checkpoint      the window in Megatron's checkpoint
+training_log    the metrics in Megatron's log line, TensorBoard and W&B
 log             the losses in Megatron's log, and what taking over `global_aux_loss` changes
 arguments       Megatron's parser and its validation -> flags.py
 """

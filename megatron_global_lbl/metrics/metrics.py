@@ -68,7 +68,7 @@ class Metrics:
         self._alarms: dict[int, AlarmLog] = {}
         self._iteration = 0
         self._latest: dict[int, _Closed] = {}
-        self._failed = self._broken = False
+        self._failed = self._broken = self._quiet = False
 
     def observe(self, layer: Layer, observed: Observed) -> None:
         """A forward of a layer."""
@@ -206,11 +206,18 @@ class Metrics:
 
     def _warn(self, number: int, layers: tuple[Layer, ...], about: dict[str, Any], interval: dict[str, Any]) -> None:
         """Say what is wrong with the balance, each cause once."""
+        if self._quiet:
+            return
         if number not in self._alarms:
             first_stage = layers[0].info.stage_name == "pp0" or not layers[0].info.stage_name.startswith("pp")
             self._alarms[number] = AlarmLog(names_of(layers), layers[0].info.num_experts, first_stage=first_stage)
         known = {name: value for name, value in interval.items() if name != "tokens"}
-        for line in self._alarms[number].add(about, **known):
+        try:
+            lines = self._alarms[number].add(about, **known)
+        except Exception as error:  # as above
+            self._quiet = True
+            lines = [f"!! no alarms from iteration {interval['iteration']} on: {error}; the training goes on"]
+        for line in lines:
             print(f"> moe-lbl: {line}", flush=True)
 
     def _summary(self, closed: dict[int, _Closed]) -> dict[str, float]:
