@@ -39,7 +39,7 @@ import pytest
 import megatron_global_lbl as lbl
 assert symbols() == before, "importing patches nothing"
 handle = lbl.register(scope="global")
-assert len(handle.hooked) == 9 and symbols() != before
+assert len(handle.hooked) == 14 and symbols() != before
 assert lbl.register(scope="global") is handle, "the same settings twice are fine"
 with pytest.raises(lbl.ConfigError, match="registered already with other settings"):
     lbl.register(scope="dp")
