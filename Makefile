@@ -2,6 +2,7 @@
 # make test     every test that runs without a GPU, with the pinned Megatron-Core
 # make test-versions   the core of the gradient tests with every other supported Megatron-Core release
 # make test-preview    the same with Megatron-LM's main: MEGATRON_LM_DIR is a git repository of it
+# make test-frameworks   trains with Megatron Bridge, which it installs beside the virtual environment (half a gigabyte)
 # make checks   format, lint, types
 # All of them set themselves up: a virtual environment in .venv with the versions of constraints.txt.
 SHELL := /bin/bash
@@ -17,7 +18,7 @@ PREVIEW ?= d98e8a64ddf34856e74b24714e3bedb2f5a39553
 # Where shell scripts are (found by their first line, so none can be forgotten).
 SCRIPT_DIRS := .ci benchmarks examples patches scripts tests
 
-.PHONY: help demo test test-versions test-preview checks format venv clean
+.PHONY: help demo test test-versions test-preview test-frameworks checks format venv clean
 help:
 	@sed -n '1,6s/^# //p' Makefile
 
@@ -48,6 +49,10 @@ test-preview: $(STAMP)
 	git -C "$(MEGATRON_LM_DIR)" archive $(PREVIEW) megatron | tar -x -C .versions/preview
 	touch .versions/preview/megatron/__init__.py
 	PYTHONPATH=$(CURDIR)/.versions/preview MEGATRON_RELEASE=0.20.0 $(BIN)/python -m pytest -q -m core tests/distributed
+
+test-frameworks: $(STAMP)
+	scripts/install-frameworks $(BIN)/python
+	$(BIN)/python -m pytest tests/frameworks
 
 checks: $(STAMP)
 	$(BIN)/ruff format --check .

@@ -43,7 +43,7 @@ def install(patches: Patches, engine: Engine) -> None:
             state_dict = original(args, model, *positional, iteration=iteration, **kwargs)
             if iteration is not None:
                 refusals.refuse_checkpoint_format(args.ckpt_format, "--moe-lbl-scope window")
-                window = _all_stages(engine.state(routers_of(model)))
+                window = of_all_stages(engine.state(routers_of(model)))
                 state_dict[ENTRY] = _to_bytes(window) if args.ckpt_format == FSDP_FORMAT else window
             return state_dict
 
@@ -82,8 +82,8 @@ def install(patches: Patches, engine: Engine) -> None:
     patches.wrap(CHECKPOINTING, "_load_base_checkpoint", wrap_load)
 
 
-def _all_stages(state: dict[str, dict]) -> dict[str, dict]:
-    """The windows of all pipeline stages; a collective over the pipeline group, whose ranks all save."""
+def of_all_stages(state: dict[str, dict]) -> dict[str, dict]:
+    """What the layers of all pipeline stages save; a collective over the pipeline group, whose ranks all save."""
     from megatron.core import parallel_state
 
     stages = gather_objects(state, parallel_state.get_pipeline_model_parallel_group())

@@ -16,6 +16,7 @@ ROOMS = {
     "report": {"metrics"},
     "command": {"settings", "hook", "door", "metrics", "report"},
     "door": {"settings", "core", "metrics", "hook"},
+    "frameworks": {"settings", "hook", "door"},
 }
 COLLECTIVES = {
     *("all_reduce", "all_gather", "all_gather_into_tensor", "all_gather_object", "all_to_all", "all_to_all_single", "barrier"),
@@ -88,7 +89,11 @@ def test_only_the_hook_and_the_commands_know_megatron():
         for module, tree in trees.items()
         if any(name.split(".")[0] == "megatron" for name in imported(tree, set(trees), for_types=True))
     }
-    assert {room(module) for module in knows} == {"hook"}, knows
+    assert {room(module) for module in knows} == {"hook", "frameworks"}, knows
+    # A framework's module knows that framework; Megatron-Core is the hook's.
+    for module in knows:
+        names = {name for name in imported(trees[module], set(trees), for_types=True) if name.split(".")[0] == "megatron"}
+        assert room(module) == "hook" or all(name.startswith(f"megatron.{module.split('.')[-1]}.") for name in names), module
 
 
 def test_one_place_issues_collectives():
