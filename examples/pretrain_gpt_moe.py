@@ -5,13 +5,11 @@ It knows nothing of the plugin. The launcher adds the flags of the load-balancin
     torchrun --nproc-per-node 4 -m megatron_global_lbl --cpu examples/pretrain_gpt_moe.py MEGATRON_ARGS \
         --moe-lbl-scope global
 
-Needs megatron-core 0.19 (its wheel for Python 3.12 carries `megatron.training`). The only addition to the usual script
-is `--validation-report FILE`, which measures loss and expert load per validation set (see `demo/evaluation.py`).
+Needs megatron-core 0.19 (its wheel for Python 3.12 carries `megatron.training`).
 """
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -28,10 +26,6 @@ from megatron.training import get_args, pretrain, print_rank_0
 from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
 from megatron.training.arguments import parse_and_validate_args
 from megatron.training.utils import get_blend_and_blend_per_split
-
-from demo.evaluation import ValidationReport
-
-report = ValidationReport()
 
 
 def datasets_provider(num_samples: list[int], vp_stage: int | None = None) -> list[Any]:
@@ -81,13 +75,11 @@ def loss_func(loss_mask: torch.Tensor, losses: torch.Tensor) -> tuple[torch.Tens
     loss_mask = loss_mask.view(-1).float()
     loss = torch.sum(losses.view(-1).float() * loss_mask)
     num_tokens = loss_mask.sum().detach().to(torch.int)
-    report.add_loss(loss, num_tokens)
     return (loss, num_tokens, {"lm loss": torch.stack([loss.detach(), num_tokens.to(loss.dtype)])})
 
 
 def forward_step(data_iterator: Iterator[dict[str, torch.Tensor]], model: GPTModel) -> tuple[torch.Tensor, Any]:
     """One micro-batch."""
-    report.watch(model)
     batch = get_batch(data_iterator)
     losses = model(
         batch["tokens"],
@@ -99,26 +91,11 @@ def forward_step(data_iterator: Iterator[dict[str, torch.Tensor]], model: GPTMod
     return losses, partial(loss_func, batch["loss_mask"])
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """The one argument of this script."""
-    group = parser.add_argument_group("validation report")
-    group.add_argument("--validation-report", metavar="FILE", help="write loss and expert load per validation set (JSON)")
-    return parser
-
-
 def main() -> None:
     """Megatron's own training."""
-    args = parse_and_validate_args(extra_args_provider=add_arguments)
+    args = parse_and_validate_args()
     config = pretrain_cfg_container_from_args(args, gpt_config_from_args(args))
-    report.enable(args.validation_report, args.validation_set_names)
-    pretrain(
-        config,
-        datasets_provider,
-        ModelType.encoder_or_decoder,
-        forward_step,
-        non_loss_data_func=report.close_set if args.validation_report else None,
-    )
-    report.write()
+    pretrain(config, datasets_provider, ModelType.encoder_or_decoder, forward_step)
     torch.distributed.destroy_process_group()
 
 

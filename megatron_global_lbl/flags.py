@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     yaml_file = _yaml_file()
     dropped = [] if yaml_file is None else [*_given(), *_keys_of(yaml_file)]
     if dropped:
-        raise _end(f"{dropped[0]} has no effect with --yaml-cfg, which replaces all arguments; allowed: without it")
+        raise end_run(f"{dropped[0]} has no effect with --yaml-cfg, which replaces all arguments; allowed: without it")
     group = parser.add_argument_group(title=GROUP)
     group.add_argument(
         "--moe-lbl-scope",
@@ -112,7 +112,7 @@ def activate(args: argparse.Namespace) -> registry.Handle | None:
         known = registry.active()
         handle = registry.register(**{name: getattr(settings, name) for name in Settings.__dataclass_fields__})
     except (ConfigError, ImportError) as error:
-        raise _end(str(error)) from None
+        raise end_run(str(error)) from None
     for name in Settings.__dataclass_fields__:  # what later readers of the arguments see: checked values
         value = getattr(settings, name)
         setattr(args, f"moe_lbl_{name}", getattr(value, "value", value))
@@ -142,7 +142,7 @@ def _keys_of(yaml_file: str) -> list[str]:
     return re.findall(r"^\s*(moe_lbl_\w+)\s*:", Path(yaml_file).read_text(encoding="utf-8"), re.MULTILINE)
 
 
-def _end(error: str) -> SystemExit:
+def end_run(error: str) -> SystemExit:
     """Print the error, if this rank is the one to do it; the exit to raise.
 
     Rank 0 prints and exits at once, upon which torchrun ends the ranks of its node. The others find the same error but may be

@@ -1,4 +1,4 @@
-"""Starts one training as a user would, and reads Megatron's own log lines while it runs."""
+"""Starts one training as a user would, then the measurement on its checkpoint, and reads Megatron's own log lines meanwhile."""
 
 from __future__ import annotations
 
@@ -12,16 +12,19 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from demo.megatron_args import WINDOW_STEPS
+from demo.megatron_args import WINDOW_STEPS, Size, evaluation_arguments, training_arguments
 
 SCRIPT = Path(__file__).resolve().parent.parent / "pretrain_gpt_moe.py"
 
 ITERATION = re.compile(r"iteration\s+(\d+)/\s*\d+ \|.*?elapsed time per iteration \(ms\): ([0-9.]+).*?lm loss: ([0-9.E+-]+)")
-VALIDATION = re.compile(r"validation-(\S+) loss at iteration (\d+)")
+EVALUATION = re.compile(r"validation loss at iteration \d+ on validation set (\S+)")
+
+Paths = dict[str, dict[str, str]]
+"""By domain, then split: the prefix of a dataset."""
 
 
-class TrainingFailedError(Exception):
-    """The training ended with an error; the message has the end of its log and where all of it is."""
+class RunFailedError(Exception):
+    """A launch ended with an error; the message has the end of its log and where all of it is."""
 
 
 @dataclass(frozen=True)
@@ -35,85 +38,97 @@ class Step:
 
 @dataclass(frozen=True)
 class RunFiles:
-    """Where one training writes."""
+    """Where one training, and the measurement after it, write."""
 
     folder: Path
 
     @property
-    def log(self) -> Path:
+    def training_log(self) -> Path:
         return self.folder / "train.log"
 
     @property
-    def validation(self) -> Path:
-        return self.folder / "validation.json"
+    def specialise_log(self) -> Path:
+        return self.folder / "specialise.log"
 
     @property
-    def balance(self) -> Path:
-        return self.folder / "balance"
+    def checkpoint(self) -> Path:
+        return self.folder / "checkpoint"
+
+    @property
+    def metrics(self) -> Path:
+        """The balance record, and specialisation.json beside it."""
+        return self.folder / "metrics"
 
 
-def command(scope: str, arguments: list[str], files: RunFiles, processes: int) -> list[str]:
-    """The command line of one training; the flags of the plugin are its last ones."""
-    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
-    launcher += ["--master-addr", "127.0.0.1", "--master-port", str(_free_port())]
-    plugin = ["--moe-lbl-scope", scope, "--moe-lbl-metrics-dir", str(files.balance)]
-    if scope == "window":
-        plugin += ["--moe-lbl-window-steps", str(WINDOW_STEPS)]
-    report = ["--validation-report", str(files.validation)]
-    return [sys.executable, *launcher, "-m", "megatron_global_lbl", "--cpu", str(SCRIPT), *arguments, *report, *plugin]
-
-
-def train(
-    scope: str,
-    arguments: list[str],
-    files: RunFiles,
-    *,
-    processes: int,
-    on_step: Callable[[Step], None],
-    on_stage: Callable[[str], None],
-) -> list[Step]:
-    """Runs one training to its end; `on_step` and `on_stage` are called while it runs.
+def train(scope: str, size: Size, paths: Paths, files: RunFiles, *, data: Path, on_step: Callable[[Step], None]) -> list[Step]:
+    """Runs one training to its end; `on_step` is called while it runs.
 
     Raises:
-        TrainingFailedError: if it does not end well.
+        RunFailedError: if it does not end well.
     """
     shutil.rmtree(files.folder, ignore_errors=True)  # the balance record would be continued
     files.folder.mkdir(parents=True)
+    plugin = ["--moe-lbl-scope", scope, "--moe-lbl-metrics-dir", str(files.metrics)]
+    if scope == "window":
+        plugin += ["--moe-lbl-window-steps", str(WINDOW_STEPS)]
+    save = ["--save", str(files.checkpoint), "--save-interval", str(size.steps), "--no-save-optim", "--no-save-rng"]
+    steps: list[Step] = []
+
+    def read(line: str) -> None:
+        if found := ITERATION.search(line):
+            steps.append(Step(int(found[1]), float(found[2]), float(found[3])))
+            on_step(steps[-1])
+
+    arguments = [*training_arguments(size, paths, data), *save, *plugin]
+    _launch("megatron_global_lbl", arguments, files.training_log, size.processes, read)
+    return steps
+
+
+def specialise(size: Size, paths: Paths, files: RunFiles, *, data: Path, on_domain: Callable[[str], None]) -> None:
+    """Measures what the experts of the training's checkpoint specialise in, on held-out text; `on_domain` is called after each
+    domain.
+
+    Raises:
+        RunFailedError: if it does not end well.
+    """
+
+    def read(line: str) -> None:
+        if found := EVALUATION.search(line):
+            on_domain(found[1])
+
+    arguments = [*training_arguments(size, paths, data), *evaluation_arguments(size)]
+    arguments += ["--load", str(files.checkpoint), "--moe-lbl-metrics-dir", str(files.metrics)]
+    arguments += ["--moe-lbl-domains", *(f"{name}={path['valid']}" for name, path in paths.items())]
+    _launch("megatron_global_lbl.specialise", arguments, files.specialise_log, size.evaluation_processes, read)
+
+
+def _launch(module: str, arguments: list[str], log_file: Path, processes: int, read: Callable[[str], None]) -> None:
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
+    launcher += ["--master-addr", "127.0.0.1", "--master-port", str(_free_port())]
+    command = [sys.executable, *launcher, "-m", module, "--cpu", str(SCRIPT), *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "TORCH_CPP_LOG_LEVEL": "ERROR"}
     # The processes of this one machine talk over loopback, whatever the machine's name resolves to.
     environment.setdefault("GLOO_SOCKET_IFNAME", "lo" if sys.platform == "linux" else "lo0")
-    line_of_command = command(scope, arguments, files, processes)
-    steps: list[Step] = []
-    with files.log.open("w", encoding="utf-8") as log:
-        log.write(" ".join(line_of_command) + "\n")
+    with log_file.open("w", encoding="utf-8") as log:
+        log.write(" ".join(command) + "\n")
         log.flush()
         with subprocess.Popen(
-            line_of_command,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
+            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
         ) as process:
             assert process.stdout is not None
             try:
                 for line in process.stdout:
                     log.write(line)
-                    if found := ITERATION.search(line):
-                        steps.append(Step(int(found[1]), float(found[2]), float(found[3])))
-                        on_step(steps[-1])
-                    elif found := VALIDATION.search(line):
-                        on_stage(f"validation: {found[1]}")
+                    read(line)
             except BaseException:
                 process.terminate()  # Ctrl-C, or an error of ours: leave no rank behind
                 raise
-    if process.returncode != 0 or not files.validation.exists():
-        tail = files.log.read_text(encoding="utf-8").splitlines()[-40:]
-        raise TrainingFailedError(
-            "\n".join(tail) + f"\n\nThe training with scope {scope} ended with exit code {process.returncode}. "
-            f"Above: the end of its log. All of it: {files.log}"
+    if process.returncode != 0:
+        tail = log_file.read_text(encoding="utf-8").splitlines()[-40:]
+        raise RunFailedError(
+            "\n".join(tail) + f"\n\n`-m {module}` ended with exit code {process.returncode}. "
+            f"Above: the end of its log. All of it: {log_file}"
         )
-    return steps
 
 
 def _free_port() -> int:

@@ -16,10 +16,11 @@ SECONDS_BETWEEN_LINES = 10.0
 class TrainingProgress:
     """Shows one training; use as a context manager."""
 
-    def __init__(self, console: Console, title: str, size: Size) -> None:
+    def __init__(self, console: Console, title: str, size: Size, domains: int) -> None:
         self._console = console
         self._title = title
         self._steps = size.steps
+        self._domains = domains
         self._start_note = f"starting {size.processes} processes"
         self._last_line = 0.0
         self._began = time.monotonic()
@@ -37,7 +38,7 @@ class TrainingProgress:
 
     def __enter__(self) -> TrainingProgress:
         self._bar.start()
-        self._task = self._bar.add_task(self._title, total=self._steps, note=self._start_note)
+        self._task = self._bar.add_task(self._title, total=self._steps + self._domains, note=self._start_note)
         self._say(self._start_note, force=True)
         return self
 
@@ -50,10 +51,10 @@ class TrainingProgress:
         line = f"step {step.iteration}/{self._steps}  loss {step.loss:.3f}  {step.milliseconds:.0f} ms"
         self._say(line, force=step.iteration in (1, self._steps))
 
-    def stage(self, what: str) -> None:
-        """Something other than a training step goes on."""
-        self._bar.update(self._task, note=what)
-        self._say(what, force=False)
+    def domain(self, name: str) -> None:
+        """The checkpoint has been evaluated on a domain."""
+        self._bar.update(self._task, advance=1, note=f"experts on {name}")
+        self._say(f"experts on {name}", force=False)
 
     def _say(self, what: str, force: bool) -> None:
         now = time.monotonic()

@@ -1,8 +1,9 @@
-"""`make demo`: one small MoE trained with `micro`, `global` and `window`, compared in a table and two pictures.
+"""`make demo`: one small MoE trained with `micro` and `global`, and what its experts specialise in.
 
-    python examples/demo/run.py --out demo-out [--steps N]
+    python examples/demo/run.py --out demo-out [--steps N] [--scopes micro global window]
 
-Everything is written under --out: the data, each training's log and record, results.json, table.md and the pictures.
+Everything is written under --out: the data, each training's logs, checkpoint and metrics, results.json, table.md and the
+picture.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
 from rich.console import Console  # noqa: E402
 
 from demo import pictures, results, table  # noqa: E402
-from demo.launch import RunFiles, TrainingFailedError, train  # noqa: E402
-from demo.megatron_args import SCOPES, Size, training_arguments  # noqa: E402
+from demo.launch import RunFailedError, RunFiles, specialise, train  # noqa: E402
+from demo.megatron_args import SCOPES, Size  # noqa: E402
 from demo.prepare import prepare  # noqa: E402
 from demo.progress import TrainingProgress  # noqa: E402
 
@@ -37,6 +38,7 @@ def main() -> int:
     """Prepares, trains, compares; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("demo-out"), help="folder of everything that is written")
+    parser.add_argument("--scopes", nargs="+", default=SCOPES, choices=("micro", "dp", "global", "window"), help=f"{SCOPES}")
     parser.add_argument("--steps", type=int, default=Size.steps, help=f"training steps of each run ({Size.steps})")
     parser.add_argument("--global-batch", type=int, default=Size.global_batch, help="sequences of a step")
     parser.add_argument("--valid-sequences", type=int, default=Size.valid_sequences, help="held out, per domain")
@@ -50,15 +52,15 @@ def main() -> int:
     console.print("[bold]1/3[/] Text from the files of this installation, into Megatron's indexed datasets")
     paths = prepare(out / "data", sequence_length=size.sequence_length, valid_sequences=size.valid_sequences, say=say)
 
-    console.print(f"[bold]2/3[/] Training on {size.processes} processes, {size.steps} steps, once per scope")
-    arguments = training_arguments(size, paths, out)
+    console.print(f"[bold]2/3[/] Training on {size.processes} processes, {size.steps} steps, once per scope; then its experts")
     found = []
-    for scope in SCOPES:
+    for scope in options.scopes:
         files = RunFiles(out / scope)
         try:
-            with TrainingProgress(console, scope, size) as progress:
-                steps = train(scope, arguments, files, processes=size.processes, on_step=progress.step, on_stage=progress.stage)
-        except TrainingFailedError as error:
+            with TrainingProgress(console, scope, size, len(paths)) as progress:
+                steps = train(scope, size, paths, files, data=out / "data", on_step=progress.step)
+                specialise(size, paths, files, data=out / "data", on_domain=progress.domain)
+        except RunFailedError as error:
             console.print(str(error), markup=False, highlight=False)
             return 1
         found.append(results.read(scope, files, steps))
@@ -67,10 +69,9 @@ def main() -> int:
     table.show(found, console)
     (out / "table.md").write_text(table.markdown(found), encoding="utf-8")
     (out / "results.json").write_text(json.dumps([result.as_json() for result in found], indent=1) + "\n", encoding="utf-8")
-    pictures.loss_curves(found, out / "loss.png")
     pictures.expert_heatmaps(found, out / "experts.png")
     minutes, seconds = divmod(round(time.monotonic() - began), 60)
-    say(f"\nPictures: {out / 'loss.png'}\n          {out / 'experts.png'}")
+    say(f"\nPicture: {out / 'experts.png'}")
     say(f"All of it under {out}. Took {minutes} min {seconds} s.")
     return 0
 

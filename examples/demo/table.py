@@ -21,17 +21,14 @@ def rows(results: list[Result]) -> list[Row]:
     def add(group: str, what: str, figure: Callable[[Result], float], digits: int = 3) -> None:
         found.append((group, what, [f"{figure(result):.{digits}f}" for result in results]))
 
-    # What a model of this size shows comes first; the loss of one seed comes last.
-    for domain in results[0].domains:
+    for domain in results[0].experts.names:
         add("specialisation", domain, lambda result, name=domain: result.specialisation[name])  # type: ignore[misc]
     add("specialisation", "mean", lambda result: mean(result.specialisation.values()))
     add("specialisation", "contrast of domains", lambda result: result.contrast)
+    add("specialisation", "sum of scores", lambda result: result.score_sum)
     add("load balance", "global LBL", lambda result: result.lbl_global)
     add("load balance", "micro LBL", lambda result: result.lbl_micro)
     add("load balance", "MaxVio", lambda result: result.max_vio)
-    for domain in results[0].domains:
-        add("validation loss", domain, lambda result, name=domain: result.final_loss[name])  # type: ignore[misc]
-    add("validation loss", "overall", lambda result: result.overall_loss)
     return found
 
 
@@ -40,10 +37,10 @@ def notes() -> str:
     return (
         "Specialisation: the share of its most used expert among a domain's routed tokens, mean over layers "
         f"({1 / EXPERTS:.3f} is none, {1 / TOPK:.3f} the most possible). Contrast: how far a domain's shares are from the mean "
-        "over domains (total variation; 0: all domains are routed alike). LBL: E x sum f p, 1 is perfect balance; counted "
-        "over the global batch, and within each micro-batch. MaxVio: max load / mean load - 1 over the global batch. Balance "
-        f"figures are means over layers and the last {LAST_PART:.0%} of the steps. Validation loss: nats per byte on held-out "
-        "text; one seed, so the differences between scopes prove nothing."
+        "over domains (total variation; 0: all domains are routed alike). Sum of scores: of a token's selected experts "
+        f"({TOPK / EXPERTS:.3f}: the router is undecided; 1: it is sure). All three on held-out text. LBL: E x sum f p, 1 is "
+        "perfect balance; counted over the global batch, and within each micro-batch. MaxVio: max load / mean load - 1 over "
+        f"the global batch. Balance figures are means over layers and the last {LAST_PART:.0%} of the steps."
     )
 
 
@@ -58,7 +55,7 @@ def show(results: list[Result], console: Console) -> None:
     for group, what, values in rows(results):
         if group_before and group != group_before:
             table.add_section()
-        summary = what in ("overall", "mean")
+        summary = what == "mean"
         table.add_row("" if group == group_before else group, what, *values, style="bold" if summary else None)
         group_before = group
     console.print(table)

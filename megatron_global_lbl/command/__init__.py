@@ -17,6 +17,7 @@ SUBCOMMANDS = {
     "report": "draw the balance record of one or more runs: one HTML page, and its pictures",
     "watch": "look at the balance record of a run in the terminal, live or once; the exit status says whether it is healthy",
     "patch": "patch a Megatron-LM source tree of a pinned release, so that its own scripts take the flags",
+    "specialise": "what a checkpoint's experts specialise in: shows and draws a measurement",
 }
 
 

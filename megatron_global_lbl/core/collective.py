@@ -1,4 +1,5 @@
-"""The one place that issues a collective: sums of small integer or float buffers over a group of ranks.
+"""The one place that issues a collective: sums of small integer or float buffers over a group of ranks, and what
+`megatron_global_lbl.specialise` exchanges while it evaluates.
 
 Order: every reduction starts in a forward of a MoE layer or at the step's end, and all ranks of a group run the same
 layers of the same pipeline stage in the same schedule. So all ranks start the same reductions in the same order, whatever
@@ -67,6 +68,28 @@ def gather_objects(value: Any, group: dist.ProcessGroup) -> list[Any]:
     values: list[Any] = [None] * group.size()
     dist.all_gather_object(values, value, group=group)
     return values
+
+
+def gather_rows(rows: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """The rows of every rank of the group, one rank's below the other's, on every rank: [n, ...] becomes [ranks * n, ...]."""
+    parts = [torch.empty_like(rows) for _ in range(group.size())]
+    dist.all_gather(parts, rows.contiguous(), group=group)
+    return torch.cat(parts)
+
+
+def exchange_columns(rows: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """The rows of every rank, and of the columns this rank's share: [n, c] becomes [ranks * n, ceil(c / ranks)].
+
+    Columns that are missing in the last share are zero. A sum over columns of what all ranks hold then is a sum over all
+    columns, and each rank has sent no more than it had.
+    """
+    ranks = group.size()
+    rows = torch.nn.functional.pad(rows, (0, -rows.shape[1] % ranks))
+    share = rows.shape[1] // ranks
+    sent = rows.view(rows.shape[0], ranks, share).transpose(0, 1).contiguous()
+    received = torch.empty_like(sent)
+    dist.all_to_all_single(received, sent, group=group)
+    return received.view(-1, share)
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from megatron_global_lbl.hook.versions import SUPPORTED, UnsupportedMegatron, in
 ARGUMENTS = "megatron.training.arguments"
 
 
-def install(add_arguments: Callable, activate: Callable) -> None:
+def install(add_arguments: Callable, activate: Callable, prepare: Callable | None = None) -> None:
     """Add flags to Megatron's own parser, and turn on what they ask for once Megatron has validated its arguments.
 
     Lasts for the process: the launcher is its only caller.
@@ -25,6 +25,7 @@ def install(add_arguments: Callable, activate: Callable) -> None:
     Args:
         add_arguments: takes the parser, gives it back with the flags.
         activate: takes the validated arguments.
+        prepare: takes the arguments before Megatron validates them (those of a checkpoint included), and may change them.
 
     Raises:
         UnsupportedMegatron: no Megatron-Core, an unsupported release, no training loop beside it, or a symbol missing.
@@ -49,6 +50,8 @@ def install(add_arguments: Callable, activate: Callable) -> None:
 
     @functools.wraps(original_validate)
     def validate_args(args, defaults={}):
+        if prepare is not None:
+            prepare(args)
         # Megatron returns the arguments; whoever drops its result has the same object.
         validated = original_validate(args, defaults)
         activate(args)

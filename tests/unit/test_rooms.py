@@ -13,8 +13,9 @@ ROOMS = {
     "core": {"settings"},
     "metrics": {"settings", "core"},
     "hook": {"settings", "core"},
-    "report": {"metrics"},
-    "command": {"settings", "hook", "door", "metrics", "report"},
+    "specialise": {"settings", "core", "hook", "door"},
+    "report": {"metrics", "specialise"},
+    "command": {"settings", "hook", "door", "metrics", "report", "specialise"},
     "door": {"settings", "core", "metrics", "hook"},
     "frameworks": {"settings", "hook", "door"},
 }
