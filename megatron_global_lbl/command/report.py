@@ -21,10 +21,11 @@ def run(args: argparse.Namespace) -> int:
         return 2
     from megatron_global_lbl.metrics.reader import RecordError
     from megatron_global_lbl.report.page import write_report
+    from megatron_global_lbl.specialise.result import NotASpecialisation
 
     try:
         print(write_report(args.directories, args.out))
-    except (RecordError, OSError) as error:
+    except (RecordError, NotASpecialisation, OSError) as error:
         print(f"megatron-lbl report: error: {error}", file=sys.stderr)
         return 2
     return 0

@@ -6,44 +6,41 @@ The measurement runs the training's own script: torchrun ... -m megatron_global_
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import sys
 from pathlib import Path
 
+from megatron_global_lbl.command.extra import missing_extra
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Which measurements, and where the pictures go."""
+    """Which measurements, and whether to draw."""
     parser.add_argument(
-        "directories", nargs="+", type=Path, metavar="DIR", help="a directory with specialisation.json, or the file"
+        "paths", nargs="+", type=Path, metavar="DIR", help="a directory with specialisation.json, or such a file"
     )
     parser.add_argument("--no-pictures", action="store_true", help="print only")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print and draw: 0, or 2 for a file that cannot be used."""
+    """Print and draw: 0, or 2 for a file that cannot be used or written."""
+    if missing := missing_extra("numpy", *([] if args.no_pictures else ["matplotlib"])):
+        print(f"megatron-lbl specialise: error: {missing}", file=sys.stderr)
+        return 2
     from megatron_global_lbl.specialise.result import NotASpecialisation, read
     from megatron_global_lbl.specialise.summary import lines
 
-    for path in args.directories:
-        try:
+    try:
+        for path in args.paths:
             result = read(path)
-        except NotASpecialisation as error:
-            print(f"megatron-lbl specialise: error: {error}", file=sys.stderr)
-            return 2
-        except OSError as error:
-            print(f"megatron-lbl specialise: error: {path}: {error.strerror}", file=sys.stderr)
-            return 2
-        print("\n".join([f"{path}:", *lines(result)]))
-        if args.no_pictures:
-            continue
-        if importlib.util.find_spec("matplotlib") is None:
-            print(
-                "megatron-lbl specialise: error: pictures need matplotlib (pip install matplotlib), or --no-pictures",
-                file=sys.stderr,
-            )
-            return 2
-        from megatron_global_lbl.specialise.pictures import draw
+            print("\n".join([f"{path}:", *lines(result)]))
+            if not args.no_pictures:
+                from megatron_global_lbl.report import experts, style
 
-        for picture in draw(result, path if path.is_dir() else path.parent):
-            print(f"written to {picture}")
+                with style.styled():
+                    for picture in experts.pictures(result):
+                        file = (path if path.is_dir() else path.parent) / f"{picture.name}.png"
+                        file.write_bytes(picture.png)
+                        print(f"written to {file}")
+    except (NotASpecialisation, OSError) as error:
+        print(f"megatron-lbl specialise: error: {error}", file=sys.stderr)
+        return 2
     return 0

@@ -62,7 +62,6 @@ def install(patches: Patches, domains: list[Domain], observer: Observer) -> None
     providers: list[Any] = []
     build: list[Any] = []
     losses: list[dict[str, Tensor]] = []
-    selections: list[Tensor] = []
 
     def wrap_build(original):
         build.append(original)
@@ -104,6 +103,16 @@ def install(patches: Patches, domains: list[Domain], observer: Observer) -> None
 
         return evaluate
 
+    patches.wrap(TRAINING, "build_train_valid_test_data_iterators", wrap_build)
+    patches.wrap(TRAINING, "evaluate_and_print_results", wrap_evaluations)
+    patches.wrap(TRAINING, "evaluate", wrap_evaluate)
+    install_observers(patches, observer)
+
+
+def install_observers(patches: Patches, observer: Observer) -> None:
+    """Let every router and MoE layer of this process report its forwards to `observer`."""
+    selections: list[Tensor] = []
+
     def wrap_routing(original):
         def routing(self, logits, padding_mask=None, **kwargs):
             if padding_mask is not None:  # a parameter since 0.16
@@ -139,9 +148,6 @@ def install(patches: Patches, domains: list[Domain], observer: Observer) -> None
 
         return forward
 
-    patches.wrap(TRAINING, "build_train_valid_test_data_iterators", wrap_build)
-    patches.wrap(TRAINING, "evaluate_and_print_results", wrap_evaluations)
-    patches.wrap(TRAINING, "evaluate", wrap_evaluate)
     patches.wrap(ROUTER, "TopKRouter.routing", wrap_routing)
     patches.wrap(ROUTER, "topk_routing_with_score_function", wrap_topk)
     patches.wrap(MOE_LAYER, "MoELayer.forward", wrap_layer)

@@ -15,8 +15,10 @@ from markupsafe import Markup, escape
 
 from megatron_global_lbl.metrics.alarms import Alarm, alarms
 from megatron_global_lbl.metrics.reader import Run, read
-from megatron_global_lbl.report import curves, facts, loads
+from megatron_global_lbl.report import curves, experts, facts, loads
 from megatron_global_lbl.report.style import Picture, styled
+from megatron_global_lbl.specialise.result import FILE_NAME, Specialisation
+from megatron_global_lbl.specialise.result import read as read_specialisation
 
 PAGE = "report.html"
 _FLAG = r'<span class="flag">\g<0></span>'  # is not broken at its hyphens
@@ -35,6 +37,9 @@ class Section:
     settings: list[tuple[str, str]]
     pictures: list[Picture]
     loads: list[Picture]
+    specialisation: Specialisation | None  # of a checkpoint of the run, where it was measured
+    about_experts: str
+    experts: list[Picture]
 
 
 def write_report(directories: Sequence[str | Path], out: str | Path | None = None) -> Path:
@@ -49,18 +54,22 @@ def write_report(directories: Sequence[str | Path], out: str | Path | None = Non
 
     Raises:
         RecordError: a directory holds no record, or a broken or foreign one; the message names file and place.
+        NotASpecialisation: a specialisation.json in a directory is broken or foreign; the message names it.
         OSError: it cannot be read, or `out` cannot be written.
     """
     runs = [run for directory in directories for run in read(directory)]
     out = Path(directories[0]) / "report" if out is None else Path(out)
+    measured = _measured(runs)
     with styled():
-        sections = [_section(run, label) for run, label in zip(runs, labels(runs))]
+        sections = [_section(run, label, found) for run, label, found in zip(runs, labels(runs), measured)]
         compared = _comparison(list(zip([section.label for section in sections], runs))) if len(runs) > 1 else []
     html = _template().render(
         sections=sections,
         compared=compared,
         rows=[facts.row(run, section.label, section.alarms) for run, section in zip(runs, sections)],
         columns=facts.COLUMNS,
+        expert_rows=[experts.row(s.specialisation, s.label) for s in sections if s.specialisation is not None],
+        expert_columns=experts.COLUMNS,
         made=facts.made(),
     )
     out.mkdir(parents=True, exist_ok=True)
@@ -71,7 +80,16 @@ def write_report(directories: Sequence[str | Path], out: str | Path | None = Non
     return page
 
 
-def _section(run: Run, label: str) -> Section:
+def _measured(runs: list[Run]) -> list[Specialisation | None]:
+    """What the experts of each run specialise in; in a directory with several models it is the first one's."""
+    found: list[Specialisation | None] = []
+    for i, run in enumerate(runs):
+        first = run.directory not in [other.directory for other in runs[:i]]
+        found.append(read_specialisation(run.directory) if first and (run.directory / FILE_NAME).exists() else None)
+    return found
+
+
+def _section(run: Run, label: str, measured: Specialisation | None) -> Section:
     pictures = [curves.lbl(run), curves.max_vio(run), loads.max_vio(run) if len(run.layers) > 1 else None]
     pictures += [curves.entropy(run), curves.uncertainty(run), curves.dead(run)]
     return Section(
@@ -84,6 +102,9 @@ def _section(run: Run, label: str) -> Section:
         facts.settings(run),
         [picture for picture in pictures if picture is not None],
         loads.thirds(run),
+        measured,
+        "" if measured is None else experts.summary(measured),
+        [] if measured is None else experts.pictures(measured),
     )
 
 
@@ -114,7 +135,7 @@ def _files(sections: list[Section], compared: list[Picture]) -> Iterator[tuple[s
         yield f"{picture.name}.png", picture.png
     for section in sections:
         prefix = f"{section.slug}-" if len(sections) > 1 else ""
-        for picture in [*section.pictures, *section.loads]:
+        for picture in [*section.pictures, *section.loads, *section.experts]:
             yield f"{prefix}{picture.name}.png", picture.png
 
 

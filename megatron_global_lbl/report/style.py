@@ -56,13 +56,16 @@ SETTINGS: Any = {
 
 @dataclass(frozen=True)
 class Picture:
-    """A PNG with what is said about it; `name` is the stem of its file, `alt` what it shows in words."""
+    """A PNG with what is said about it; `name` is the stem of its file, `alt` what it shows in words; a `wide` one has a row to
+    itself.
+    """
 
     name: str
     title: str
     caption: str
     alt: str
     png: bytes
+    wide: bool = False
 
 
 def styled() -> Any:

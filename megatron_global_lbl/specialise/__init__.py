@@ -9,5 +9,7 @@ How to use it is in docs/specialisation.md.
 | `measurement.py` | looks on while Megatron evaluates, sums over ranks |
 | `similarity.py` | how alike experts are, and whether the router prefers those that say more |
 | `result.py` | `specialisation.json`, and what follows from it |
-| `pictures.py` | its pictures |
+| `summary.py` | the same in a few lines |
+
+Its pictures are in `report/experts.py`.
 """

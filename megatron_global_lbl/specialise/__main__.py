@@ -7,7 +7,6 @@ loads the checkpoint, and evaluates on one domain of text after the other.
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import os
 import sys
 from pathlib import Path
@@ -78,15 +77,7 @@ class _Run:
 
         path = write(result, self.directory)
         print("\n".join([*lines(result), f"> moe-lbl: written to {path}"]), flush=True)
-        if importlib.util.find_spec("matplotlib") is None:
-            print(
-                f"> moe-lbl: no matplotlib here; `megatron-lbl specialise {self.directory}` draws it where there is", flush=True
-            )
-            return
-        from megatron_global_lbl.specialise.pictures import draw
-
-        for picture in draw(result, self.directory):
-            print(f"> moe-lbl: written to {picture}", flush=True)
+        print(f"> moe-lbl: `megatron-lbl specialise {self.directory}` draws it, on any machine", flush=True)
 
 
 def main(argv: list[str]) -> None:
