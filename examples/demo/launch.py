@@ -8,7 +8,7 @@ import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,8 +56,8 @@ class RunFiles:
 
     @property
     def metrics(self) -> Path:
-        """The balance record, and specialisation.json beside it."""
-        return self.folder / "metrics"
+        """Where the balance record is, and specialisation.json beside it: the report names a run by this folder."""
+        return self.folder
 
 
 def train(scope: str, size: Size, paths: Paths, files: RunFiles, *, data: Path, on_step: Callable[[Step], None]) -> list[Step]:
@@ -84,9 +84,26 @@ def train(scope: str, size: Size, paths: Paths, files: RunFiles, *, data: Path, 
     return steps
 
 
-def specialise(size: Size, paths: Paths, files: RunFiles, *, data: Path, on_domain: Callable[[str], None]) -> None:
-    """Measures what the experts of the training's checkpoint specialise in, on held-out text; `on_domain` is called after each
-    domain.
+def specialise(
+    size: Size,
+    paths: Paths,
+    files: RunFiles,
+    *,
+    data: Path,
+    on_domain: Callable[[str], None] = lambda _: None,
+    log: Path | None = None,
+    more: Sequence[str] = (),
+) -> None:
+    """Measures what the experts of the training's checkpoint specialise in, on held-out text.
+
+    Args:
+        size: of the demo.
+        paths: of the data.
+        files: of the training.
+        data: the folder of the data.
+        on_domain: called with the name of each domain that has been evaluated.
+        log: where Megatron's log goes, if not beside the training's.
+        more: further arguments, which win over the others.
 
     Raises:
         RunFailedError: if it does not end well.
@@ -99,7 +116,8 @@ def specialise(size: Size, paths: Paths, files: RunFiles, *, data: Path, on_doma
     arguments = [*training_arguments(size, paths, data), *evaluation_arguments(size)]
     arguments += ["--load", str(files.checkpoint), "--moe-lbl-metrics-dir", str(files.metrics)]
     arguments += ["--moe-lbl-domains", *(f"{name}={path['valid']}" for name, path in paths.items())]
-    _launch("megatron_global_lbl.specialise", arguments, files.specialise_log, size.evaluation_processes, read)
+    processes = size.evaluation_processes
+    _launch("megatron_global_lbl.specialise", [*arguments, *more], log or files.specialise_log, processes, read)
 
 
 def _launch(module: str, arguments: list[str], log_file: Path, processes: int, read: Callable[[str], None]) -> None:

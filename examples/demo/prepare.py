@@ -31,18 +31,22 @@ def prepare(
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     valid_tokens = valid_sequences * sequence_length + 1  # the labels are the tokens shifted by one
-    paths: dict[str, dict[str, str]] = {}
+    paths = dataset_paths(folder)
     facts = {}
     for name in FINDERS:
         domain = find_domain(name, train_bytes=TRAIN_BYTES, valid_bytes=valid_tokens)
-        stem = name.replace("+", "p")  # a file name that needs no quoting anywhere
-        paths[name] = {split: str(folder / f"{stem}_{split}") for split in ("train", "valid")}
         trained = write_indexed_dataset(paths[name]["train"], domain.train)
         held_out = write_indexed_dataset(paths[name]["valid"], domain.valid, most=valid_tokens)
         say(f"    {name:<10} {trained:>7,} bytes to train, {held_out:>6,} held out: {domain.source}")
         facts[name] = {"source": domain.source, "train_tokens": trained, "valid_tokens": held_out}
     (folder / "domains.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
     return paths
+
+
+def dataset_paths(folder: Path) -> dict[str, dict[str, str]]:
+    """By domain, then split ("train", "valid"): the prefix of its dataset under `folder`."""
+    stems = {name: name.replace("+", "p") for name in FINDERS}  # a file name that needs no quoting anywhere
+    return {name: {split: str(folder / f"{stem}_{split}") for split in ("train", "valid")} for name, stem in stems.items()}
 
 
 def write_indexed_dataset(prefix: str, blocks: list[bytes], most: int | None = None) -> int:

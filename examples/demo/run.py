@@ -27,6 +27,8 @@ logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
 
 from rich.console import Console  # noqa: E402
 
+from megatron_global_lbl.report.page import write_report  # noqa: E402
+
 from demo import pictures, results, table  # noqa: E402
 from demo.launch import RunFailedError, RunFiles, specialise, train  # noqa: E402
 from demo.megatron_args import SCOPES, Size  # noqa: E402
@@ -41,13 +43,19 @@ def main() -> int:
     parser.add_argument("--scopes", nargs="+", default=SCOPES, choices=("micro", "dp", "global", "window"), help=f"{SCOPES}")
     parser.add_argument("--steps", type=int, default=Size.steps, help=f"training steps of each run ({Size.steps})")
     parser.add_argument("--global-batch", type=int, default=Size.global_batch, help="sequences of a step")
+    parser.add_argument("--processes", type=int, default=Size.processes, help="of a training, an even number")
     parser.add_argument("--valid-sequences", type=int, default=Size.valid_sequences, help="held out, per domain")
     options = parser.parse_args()
     console = Console()
     began = time.monotonic()
     out = options.out.resolve()
     say = partial(console.print, highlight=False, soft_wrap=True)
-    size = Size(steps=options.steps, global_batch=options.global_batch, valid_sequences=options.valid_sequences)
+    size = Size(
+        steps=options.steps,
+        global_batch=options.global_batch,
+        valid_sequences=options.valid_sequences,
+        processes=options.processes,
+    )
 
     console.print("[bold]1/3[/] Text from the files of this installation, into Megatron's indexed datasets")
     paths = prepare(out / "data", sequence_length=size.sequence_length, valid_sequences=size.valid_sequences, say=say)
@@ -70,8 +78,9 @@ def main() -> int:
     (out / "table.md").write_text(table.markdown(found), encoding="utf-8")
     (out / "results.json").write_text(json.dumps([result.as_json() for result in found], indent=1) + "\n", encoding="utf-8")
     pictures.expert_heatmaps(found, out / "experts.png")
+    report = write_report([RunFiles(out / scope).metrics for scope in options.scopes], out / "report")
+    say(f"\nPicture: {out / 'experts.png'}\nReport:  {report}")
     minutes, seconds = divmod(round(time.monotonic() - began), 60)
-    say(f"\nPicture: {out / 'experts.png'}")
     say(f"All of it under {out}. Took {minutes} min {seconds} s.")
     return 0
 

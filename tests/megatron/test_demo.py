@@ -1,8 +1,9 @@
-"""`make demo`, cut short: three real trainings, the table and the pictures."""
+"""`make demo`, cut short: two real trainings, what their experts specialise in, the table, the picture and the report."""
 
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,40 +11,41 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-STEPS = 4
+SCOPES = ["micro", "global"]
+STEPS = 3
+SHORT = ["--steps", str(STEPS), "--valid-sequences", "4", "--processes", "2"]
+
+
+def run(out: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(ROOT / "examples" / "demo" / "run.py"), "--out", str(out), *SHORT, *arguments]
+    return subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=500)
 
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
     """What the demo printed, and the folder it wrote."""
     out = tmp_path_factory.mktemp("demo")
-    command = [sys.executable, str(ROOT / "examples" / "demo" / "run.py"), "--out", str(out)]
-    command += ["--steps", str(STEPS), "--valid-sequences", "4"]
-    result = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=500)
+    result = run(out)
     assert result.returncode == 0, result.stdout
     return result.stdout, out
 
 
 def test_prints_progress_and_the_table(demo):
     printed, out = demo
-    for expected in ("micro", "global", "window", f"step {STEPS}/{STEPS}", "MaxVio", "specialisation", "overall"):
+    for expected in (*SCOPES, f"step {STEPS}/{STEPS}", "MaxVio", "specialisation", "contrast"):
         assert expected in printed
-    assert str(out / "loss.png") in printed and str(out / "experts.png") in printed
+    assert str(out / "report" / "report.html") in printed and str(out / "experts.png") in printed
 
 
 def test_results_are_complete_and_plausible(demo):
     _, out = demo
     runs = json.loads((out / "results.json").read_text())
-    assert [run["scope"] for run in runs] == ["micro", "global", "window"]
+    assert [run["scope"] for run in runs] == SCOPES
     for run in runs:
         assert [step for step, _ in run["train_loss"]] == list(range(1, STEPS + 1))
-        final = run["valid_loss"][str(STEPS)]
-        assert len(final) >= 5 and all(3 < loss < 6 for loss in final.values())
-        for layers in run["frequencies"].values():
-            assert all(abs(sum(layer) - 1) < 1e-9 for layer in layers)
+        assert all(1 / 8 <= share <= 1 / 2 for share in run["specialisation"].values())
         assert run["lbl_global"] > 0.9 and run["lbl_micro"] > 0.9 and run["max_vio"] > 0
-    table = (out / "table.md").read_text()
-    assert all(domain in table for domain in runs[0]["frequencies"])
+    assert all(domain in (out / "table.md").read_text() for domain in runs[0]["specialisation"])
 
 
 def test_the_scopes_start_equal_and_then_differ(demo):
@@ -53,20 +55,41 @@ def test_the_scopes_start_equal_and_then_differ(demo):
     assert len({run["lbl_global"] for run in runs}) == len(runs)
 
 
-def test_the_pictures_show_something(demo):
+def test_pictures_and_report(demo):
     from matplotlib.image import imread
 
-    for name in ("loss.png", "experts.png"):
-        picture = imread(demo[1] / name)
-        height, width = picture.shape[:2]
-        assert height > 300 and width > 900
-        assert len({tuple(pixel) for pixel in picture[::7, ::7, :3].reshape(-1, 3).round(2)}) > 20, name
+    picture = imread(demo[1] / "experts.png")
+    height, width = picture.shape[:2]
+    assert height > 300 and width > 900
+    assert len({tuple(pixel) for pixel in picture[::7, ::7, :3].reshape(-1, 3).round(2)}) > 20
+    page = (demo[1] / "report" / "report.html").read_text(encoding="utf-8")
+    assert page.count("The checkpoint of iteration 3, evaluated on python (1,024 tokens)") == len(SCOPES)
+
+
+def test_pipeline_stages_measure_the_same(demo, tmp_path):
+    """A checkpoint of expert parallelism, measured with two pipeline stages: each has one layer, and one has the loss."""
+    sys.path.insert(0, str(ROOT / "examples"))
+    from megatron_global_lbl.specialise.result import read
+
+    from demo.launch import RunFiles, specialise
+    from demo.megatron_args import Size
+    from demo.prepare import dataset_paths
+
+    size = Size(steps=STEPS, valid_sequences=4, processes=2)
+    files = RunFiles(demo[1] / "global")
+    elsewhere = ["--pipeline-model-parallel-size", "2", "--expert-model-parallel-size", "1"]
+    elsewhere += ["--eval-global-batch-size", "1", "--eval-iters", "4", "--moe-lbl-metrics-dir", str(tmp_path)]
+    data = demo[1] / "data"
+    specialise(size, dataset_paths(data), files, data=data, log=tmp_path / "log", more=elsewhere)
+    one, two = read(files.metrics), read(tmp_path)
+    assert two.tokens_per_expert == one.tokens_per_expert and two.layers == one.layers == ["1", "2"]
+    assert [domain.loss for domain in two.domains] == [pytest.approx(domain.loss, rel=1e-5) for domain in one.domains]
+    for here, there in zip(one.experts, two.experts):
+        assert there.weights == pytest.approx(here.weights, abs=1e-6)
 
 
 def test_a_failed_training_shows_its_log_and_fails(tmp_path):
     """A batch that the processes cannot share equally: Megatron refuses, and the demo says where the log is."""
-    command = [sys.executable, str(ROOT / "examples" / "demo" / "run.py"), "--out", str(tmp_path)]
-    command += ["--steps", "1", "--valid-sequences", "4", "--global-batch", "6"]
-    result = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=300)
+    result = run(tmp_path, "--global-batch", "5")
     assert result.returncode == 1
-    assert "ended with exit code" in result.stdout and str(tmp_path / "micro" / "train.log") in result.stdout
+    assert "ended with exit code" in result.stdout and os.path.join("micro", "train.log") in result.stdout.replace("\n", "")
