@@ -57,7 +57,7 @@ def training_arguments(size: Size, paths: dict[str, dict[str, str]], data: Path)
     """
     # Plain PyTorch: no Transformer Engine, no fused kernels. These flags are right on a GPU too, only slower.
     plain = """
-        --transformer-impl local --distributed-backend gloo --use-cpu-initialization
+        --transformer-impl local --distributed-backend gloo
         --no-persist-layer-norm --no-gradient-accumulation-fusion --no-bias-swiglu-fusion --no-masked-softmax-fusion
         --no-rope-fusion --no-create-attention-mask-in-dataloader --num-workers 0 --log-interval 1
         --eval-iters 0 --eval-interval 1000
