@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from pathlib import Path
 
 from megatron_global_lbl import launcher
 from megatron_global_lbl.specialise import arguments
@@ -32,19 +31,26 @@ class _Run:
     def __init__(self) -> None:
         self.started = False
 
+    def prepare(self, args: argparse.Namespace) -> None:
+        if not self.started:
+            self.directory = arguments.prepare(args)
+
     def activate(self, args: argparse.Namespace) -> None:
         if self.started:  # a script may validate twice
             return
         self.started = True
+        from megatron_global_lbl import flags
         from megatron_global_lbl.hook import evaluation
         from megatron_global_lbl.hook.patching import Patches
         from megatron_global_lbl.specialise.measurement import Measurement
 
-        self.directory = Path(args.moe_lbl_metrics_dir)
         if int(os.environ.get("RANK", "0")) == 0:
             self._require_writable()
         self.measurement = Measurement(arguments.parse_sampled_tokens(args.moe_lbl_sampled_tokens))
-        evaluation.install(Patches(), arguments.parse_domains(args.moe_lbl_domains), self.measurement)
+        try:
+            evaluation.install(Patches(), arguments.parse_domains(args.moe_lbl_domains), self.measurement)
+        except ImportError as error:  # a symbol that is not where it should be
+            raise flags.end_run(str(error)) from None
 
     def _require_writable(self) -> None:
         from megatron_global_lbl import flags
@@ -83,7 +89,7 @@ class _Run:
 def main(argv: list[str]) -> None:
     """Run SCRIPT with nothing trained, and write what was measured; exits with 2 on a bad call."""
     run = _Run()
-    launcher.run(argv, USAGE, arguments.add_arguments, run.activate, arguments.prepare)
+    launcher.run(argv, USAGE, arguments.add_arguments, run.activate, run.prepare)
     run.report()
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from megatron_global_lbl import flags
 from megatron_global_lbl.hook.evaluation import Domain
-from megatron_global_lbl.settings import ConfigError
+from megatron_global_lbl.settings import ConfigError, Settings
 
 DOMAINS = "--moe-lbl-domains"
 SAMPLED_TOKENS = "--moe-lbl-sampled-tokens"
@@ -117,8 +117,11 @@ def parse_domains(given: list[str] | None) -> list[Domain]:
     return list(domains.values())
 
 
-def prepare(args: argparse.Namespace) -> None:
+def prepare(args: argparse.Namespace) -> Path:
     """Make an evaluation of a training's arguments, before Megatron validates them.
+
+    Returns:
+        The directory in which the result is written.
 
     Raises:
         SystemExit: after one line on stderr, if they cannot be one.
@@ -151,12 +154,18 @@ def prepare(args: argparse.Namespace) -> None:
         if hasattr(args, dest):
             setattr(args, dest, value)
     args.valid_data_path = list(domains[0].data)
+    directory = Path(args.moe_lbl_metrics_dir)
+    for name, setting in Settings.__dataclass_fields__.items():
+        # A patched Megatron-LM turns on what its own flags say: nothing, and the training's record is left alone.
+        off = {"scope": "micro", "metrics": "off"}.get(name, setting.default)
+        setattr(args, f"moe_lbl_{name}", off)
     if int(os.environ.get("RANK", "0")) == 0:
         print(
             f"> moe-lbl: evaluation of {args.load} on {len(domains)} domains: {', '.join(domain.name for domain in domains)}. "
             "What these arguments say of training data, saving and logging has no effect.",
             flush=True,
         )
+    return directory
 
 
 def _is_number(text: str) -> bool:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -103,8 +104,10 @@ def training(tmp_path, **changed) -> argparse.Namespace:
 
 
 def test_a_training_becomes_an_evaluation(tmp_path):
-    args = training(tmp_path, skip_train=False, use_megatron_fsdp=False)
-    arguments.prepare(args)
+    args = training(tmp_path, skip_train=False, use_megatron_fsdp=False, moe_lbl_scope="window", moe_lbl_window_steps="4")
+    assert arguments.prepare(args) == Path("m")
+    # What a patched Megatron-LM would turn on by itself.
+    assert (args.moe_lbl_scope, args.moe_lbl_window_steps, args.moe_lbl_metrics_dir) == ("micro", None, None)
     assert args.skip_train and args.save is None and args.train_data_path is None and args.cuda_graph_impl == "none"
     assert args.valid_data_path == [str(tmp_path / "text")] and args.load == "ckpt" and args.eval_iters == 10
     assert not hasattr(args, "enable_cuda_graph")  # this Megatron has no such flag
