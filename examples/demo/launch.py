@@ -80,7 +80,7 @@ def train(scope: str, size: Size, paths: Paths, files: RunFiles, *, data: Path, 
             on_step(steps[-1])
 
     arguments = [*training_arguments(size, paths, data), *save, *plugin]
-    _launch("megatron_global_lbl", arguments, files.training_log, size.processes, read)
+    launch("megatron_global_lbl", arguments, files.training_log, size.processes, read)
     return steps
 
 
@@ -117,10 +117,15 @@ def specialise(
     arguments += ["--load", str(files.checkpoint), "--moe-lbl-metrics-dir", str(files.metrics)]
     arguments += ["--moe-lbl-domains", *(f"{name}={path['valid']}" for name, path in paths.items())]
     processes = size.evaluation_processes
-    _launch("megatron_global_lbl.specialise", [*arguments, *more], log or files.specialise_log, processes, read)
+    launch("megatron_global_lbl.specialise", [*arguments, *more], log or files.specialise_log, processes, read)
 
 
-def _launch(module: str, arguments: list[str], log_file: Path, processes: int, read: Callable[[str], None]) -> None:
+def launch(module: str, arguments: list[str], log_file: Path, processes: int, read: Callable[[str], None]) -> None:
+    """Runs `-m MODULE SCRIPT ARGUMENTS` on so many processes; `read` is called with each line that they print.
+
+    Raises:
+        RunFailedError: if it does not end well.
+    """
     launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
     launcher += ["--master-addr", "127.0.0.1", "--master-port", str(_free_port())]
     command = [sys.executable, *launcher, "-m", module, "--cpu", str(SCRIPT), *arguments]
