@@ -11,11 +11,12 @@ import pytest
 
 from megatron_global_lbl.metrics.writer import Writer
 from megatron_global_lbl.report.page import write_report
+from megatron_global_lbl.specialise import result
 
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory):
-    """Two runs of two layers, one with a long name and an alarm."""
+    """Two runs of two layers, one with a long name and an alarm, with what their experts specialise in."""
     folder = tmp_path_factory.mktemp("report")
     random = numpy.random.default_rng(0)
     directories = [folder / "a", folder / ("a_name_of_a_run_without_a_place_to_break_it_" * 4)]
@@ -28,6 +29,12 @@ def page(tmp_path_factory):
             writer.append(
                 iteration=iteration, steps=1, values=values | {"dead": load[:, 0] * 0}, load=load, sequences=sequences
             )
+        counts = random.integers(1, 100, (7, 2, 8)).tolist()
+        domains = [result.MeasuredDomain(f"domain-{d}", ["data"], 8, 1024, {"lm loss": 2.0}) for d in range(7)]
+        alike = {"mean": 0.1, "p10": 0.0, "p90": 0.2, "max": 0.3, "pair": [0, 1]}
+        experts = result.LayerExperts(alike, alike, alike, random.uniform(0.5, 1.5, 8).tolist(), 0.5, 64)
+        measured = result.Specialisation(30, 8, 2, ["1", "mtp.1"], domains, counts, [[0.6, 0.4]] * 7, [experts] * 2)
+        result.write(measured, directory)
     return write_report(directories, folder / "out")
 
 
@@ -37,7 +44,7 @@ def test_nothing_is_wider_than_the_screen(browser, page, width):
     assert found["inner"] == width
     assert found["scroll"] <= width
     assert found["smallest"] >= 12
-    assert len(found["images"]) >= 2 * 7
+    assert len(found["images"]) >= 2 * (7 + 5)
     for natural, shown, alt in found["images"]:
         assert natural > shown > 0.4 * min(width, 700)  # drawn, and with more pixels than it takes on the screen
         assert len(alt) > 40
