@@ -42,7 +42,7 @@ def expert_heatmaps(results: list[Result], path: Path) -> None:
         image = axes.imshow(numpy.concatenate(columns[1:-1], axis=1), aspect="auto", cmap="viridis", vmin=0, vmax=top)
         axes.set_xticks(
             [layer * (num_experts + 1) + (num_experts - 1) / 2 for layer in range(num_layers)],
-            [f"layer {layer + 1}" for layer in range(num_layers)],
+            [f"layer {layer}" for layer in results[0].experts.layers],
         )
         axes.set_yticks(range(len(domains)), domains)
         axes.tick_params(length=0)

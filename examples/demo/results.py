@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, fields
-from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from megatron_global_lbl import metrics
 from megatron_global_lbl.specialise import result as specialise
 from megatron_global_lbl.specialise.result import Specialisation
 
@@ -51,15 +50,15 @@ class Result:
 
 def read(scope: str, files: RunFiles, steps: list[Step]) -> Result:
     """Collects the result of a training that has ended."""
-    balance = read_balance(files.metrics / "balance.pp0.jsonl")
-    last = balance[-max(1, round(LAST_PART * len(balance))) :]
+    (balance,) = metrics.read(files.metrics)
+    last = slice(-max(1, round(LAST_PART * len(balance.iterations))), None)
     times = sorted(step.milliseconds for step in steps)
     return Result(
         scope=scope,
         experts=specialise.read(files.metrics),
-        lbl_global=mean(mean(step["lbl_global"]) for step in last),
-        lbl_micro=mean(mean(step["lbl_micro"]) for step in last),
-        max_vio=mean(mean(step["max_vio"]) for step in last),
+        lbl_global=float(balance.metrics["lbl_global"][last].mean()),
+        lbl_micro=float(balance.metrics["lbl_micro"][last].mean()),
+        max_vio=float(balance.metrics["max_vio"][last].mean()),
         train_loss=[(step.iteration, step.loss) for step in steps],
         seconds_per_step=times[len(times) // 2] / 1000,
     )

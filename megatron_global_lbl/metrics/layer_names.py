@@ -13,11 +13,16 @@ def names_of(layers: Sequence[Layer]) -> list[str]:
     """A name for each; one that comes again (multi-token prediction before Megatron-Core 0.17) gets a number."""
     names: list[str] = []
     for layer in layers:
-        prefix, _, number = layer.info.key.rpartition(".")
-        name = f"{prefix}.{_from_0(number)}" if prefix else _from_0(number)
+        name = name_of(layer.info.key)
         twins = sum(earlier.partition("#")[0] == name for earlier in names)
         names.append(f"{name}#{twins + 1}" if twins else name)
     return names
+
+
+def name_of(key: str) -> str:
+    """The name of the layer with this `RouterInfo.key`."""
+    prefix, _, number = key.rpartition(".")
+    return f"{prefix}.{_from_0(number)}" if prefix else _from_0(number)
 
 
 def numbers_of(layers: Sequence[Layer]) -> list[int]:

@@ -12,7 +12,7 @@ from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 
 from megatron_global_lbl.report.style import COLOURS, DASHES, INK, QUIET, Picture, figure, png
-from megatron_global_lbl.specialise.result import FREQUENT, Specialisation
+from megatron_global_lbl.specialise.result import Specialisation
 
 WIDTH, HEIGHT = 5.2, 3.2
 PANELS = 3  # domains beside each other
@@ -83,15 +83,14 @@ def experts(result: Specialisation) -> Picture:
 
 
 def overlap(result: Specialisation) -> Picture | None:
-    """Two matrices over domains: shared routing, and shared frequent experts."""
+    """Two matrices over domains: shared routing, and shared main experts."""
     domains = len(result.domains)
     if domains < 2:
         return None
-    size = min(5.2, max(3.0, 0.45 * domains + 1.2))
-    drawn = Figure(figsize=(2 * size + 0.8, size + 0.5), layout="constrained")
+    drawn = Figure(figsize=(10.8, min(5.4, max(3.0, 0.45 * domains + 1.4))), layout="constrained")
     panels = drawn.subplots(1, 2)
-    titles = ("shared routing", f"shared frequent experts (from {FREQUENT:g} x the even share on)")
-    for axes, matrix, title in zip(panels, (result.overlap_DD, result.frequent_overlap_DD), titles):
+    matrices = {"shared routing": result.overlap_DD, "shared main experts": result.main_overlap_DD}
+    for axes, (title, matrix) in zip(panels, matrices.items()):
         shown = np.where(np.eye(domains, dtype=bool), np.nan, matrix)  # with itself it is 1
         image = axes.imshow(shown, cmap=MAP, vmin=0, vmax=1)
         for (row, column), value in np.ndenumerate(shown):
@@ -110,8 +109,8 @@ def overlap(result: Specialisation) -> Picture | None:
     return Picture(
         "specialisation-overlap",
         "What domains share",
-        "Left: the part of their routing that two domains have in common, mean of the layers; right: of the experts that are "
-        "frequent in one of them, the part that is frequent in both. Related domains share experts.",
+        "Left: the part of their routing that two domains have in common, mean of the layers; right: of their main experts "
+        "(the fewest that take half of a domain's tokens) the part that both have. Related domains share experts.",
         f"Most is shared by {result.names[a]} and {result.names[b]} ({apart[a, b]:.2f}), least by {result.names[c]} and "
         f"{result.names[d]} ({apart[c, d]:.2f}).",
         png(drawn),

@@ -1,7 +1,7 @@
 """What was measured, as a file, and what follows from it. Needs neither PyTorch nor Megatron.
 
-`specialisation.json`, format 1 (D domains, L MoE layers, E experts; layers by their number in the whole model, "mtp.N" for
-multi-token prediction):
+`specialisation.json`, format 1 (D domains, L MoE layers, E experts; layers are named as in the balance record, from 0, "mtp.N"
+for multi-token prediction):
 
     format               1
     iteration            of the checkpoint
@@ -32,7 +32,7 @@ import numpy
 
 FILE_NAME = "specialisation.json"
 FORMAT = 1
-FREQUENT = 2.0  # an expert is frequent in a domain from this many times the even share on
+MAIN = 0.5  # a domain's main experts are the fewest that take this part of its selections
 
 
 class NotASpecialisation(ValueError):
@@ -109,14 +109,27 @@ class Specialisation:
         return numpy.stack([numpy.minimum(shares_LE, shares_DLE).sum(axis=2).mean(axis=1) for shares_LE in shares_DLE])
 
     @property
-    def frequent_overlap_DD(self) -> numpy.ndarray:
-        """[D, D] of the experts (of all layers) that are frequent in one of two domains, the part that is so in both; NaN where
-        neither has any. Frequent: from `FREQUENT` times the even share on.
+    def main_DLE(self) -> numpy.ndarray:
+        """[D, L, E] bool, the main experts of each domain: the fewest that take half (`MAIN`) of its selections. With even
+        routing half of all experts are, with one that takes half it is that one.
         """
-        frequent_DLE = self.shares_DLE >= FREQUENT / self.num_experts
-        both = numpy.stack([(frequent_LE & frequent_DLE).sum(axis=(1, 2)) for frequent_LE in frequent_DLE])
-        either = numpy.stack([(frequent_LE | frequent_DLE).sum(axis=(1, 2)) for frequent_LE in frequent_DLE])
-        return numpy.where(either > 0, both / either.clip(min=1), numpy.nan)
+        shares_DLE = self.shares_DLE
+        order_DLE = numpy.argsort(-shares_DLE, axis=2, kind="stable")
+        sorted_DLE = numpy.take_along_axis(shares_DLE, order_DLE, axis=2)
+        before_DLE = numpy.cumsum(sorted_DLE, axis=2) - sorted_DLE  # what the more used ones take
+        main_DLE = numpy.zeros_like(shares_DLE, dtype=bool)
+        numpy.put_along_axis(main_DLE, order_DLE, before_DLE < MAIN - 1e-9, axis=2)
+        return main_DLE
+
+    @property
+    def main_overlap_DD(self) -> numpy.ndarray:
+        """[D, D] of the main experts (of all layers) of two domains together, the part that both have."""
+        main_DLE = self.main_DLE
+        both, either = (
+            numpy.stack([combine(main_LE, main_DLE).sum(axis=(1, 2)) for main_LE in main_DLE])
+            for combine in (numpy.logical_and, numpy.logical_or)
+        )
+        return both / either
 
     def as_json(self) -> dict[str, Any]:
         """The format above."""
@@ -125,7 +138,8 @@ class Specialisation:
             "specialisation": self.specialisation_DL.tolist(),
             "contrast": self.contrast_L.tolist(),
             "overlap": self.overlap_DD.tolist(),
-            "frequent_overlap": [[None if x != x else x for x in row] for row in self.frequent_overlap_DD.tolist()],
+            "main_experts": self.main_DLE.sum(axis=2).tolist(),
+            "main_overlap": self.main_overlap_DD.tolist(),
         }
         return {"format": FORMAT, **asdict(self), "derived": derived}
 

@@ -32,7 +32,7 @@ def test_measurement_is_the_formulas(workers, layout):
     ranks = workers.run(measure, 4, problem, layout, TOKENS)
     result = ranks[0][0]
     assert all(rank[0] is None for rank in ranks[1:])
-    assert result.layers == ["3"] and result.names == list(DOMAINS) and result.iteration == 5
+    assert result.layers == ["2"] and result.names == list(DOMAINS) and result.iteration == 5
     assert [domain.loss for domain in result.domains] == [{"lm loss": 0.0}, {"lm loss": 1.0}]
 
     experts, topk, local = problem.experts, problem.topk, problem.experts // layout.ep

@@ -13,7 +13,7 @@ ROOMS = {
     "core": {"settings"},
     "metrics": {"settings", "core"},
     "hook": {"settings", "core"},
-    "specialise": {"settings", "core", "hook", "door"},
+    "specialise": {"settings", "core", "metrics", "hook", "door"},
     "report": {"metrics", "specialise"},
     "command": {"settings", "hook", "door", "metrics", "report", "specialise"},
     "door": {"settings", "core", "metrics", "hook"},

@@ -30,8 +30,9 @@ def test_what_follows_from_the_counts():
     result = measured()
     assert result.specialisation_DL.tolist() == [[0.6, 1.0], [0.6, 1.0], [0.25, 0.25]]
     np.testing.assert_allclose(result.overlap_DD, [[1, 0.2, 0.375], [0.2, 1, 0.375], [0.375, 0.375, 1]])
-    # Frequent is at least half: code has expert 0 in both layers, maths 2 and 1, prose none.
-    np.testing.assert_array_equal(result.frequent_overlap_DD, [[1, 0, 0], [0, 1, 0], [0, 0, np.nan]])
+    # Half is taken by: code expert 0 and 0, maths 2 and 1, prose (even) 0 and 1 in both layers.
+    assert result.main_DLE.sum(axis=2).tolist() == [[1, 1], [1, 1], [2, 2]]
+    np.testing.assert_allclose(result.main_overlap_DD, [[1, 0, 2 / 4], [0, 1, 1 / 5], [2 / 4, 1 / 5, 1]])
     means = np.array([[85, 105, 85, 25], [125, 125, 25, 25]]) / 300
     expected = [
         np.mean([np.abs(share_E - means[layer]).sum() / 2 for share_E in result.shares_DLE[:, layer]]) for layer in (0, 1)
