@@ -55,8 +55,8 @@ class LoadBalancing(Callback):
             return
         if checkpoint.save and checkpoint.async_save:
             raise lbl.ConfigError(
-                "checkpoint.async_save with scope window or start_iter: the callback runs when the checkpoint is finished, which "
-                "is steps later; allowed: async_save=False"
+                "checkpoint.async_save with scope window or start_iter: the callback runs when the checkpoint is finished, "
+                "which is steps later; allowed: async_save=False"
             )
         if step == 0 or not checkpoint.load:
             return
