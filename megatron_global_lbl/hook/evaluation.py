@@ -77,11 +77,10 @@ def install(patches: Patches, domains: list[Domain], observer: Observer) -> None
     def wrap_evaluations(original):
         def evaluate_and_print_results(prefix, forward_step_func, data_iterator, model, iteration, *rest, **kwargs):
             args = _arguments()
-            eval_iters = args.eval_iters
             for domain in domains:
-                args.eval_iters = eval_iters  # `--full-validation` overwrites it
                 args.valid_data_path = list(domain.data)
                 iterators = [build[0](provider)[1] for provider in providers]
+                args.do_test = False  # a script that builds test data in spite of this wants it evaluated, too
                 data_iterator = iterators if isinstance(data_iterator, list) else iterators[0]
                 # Batch sizes of an evaluation's own exist since 0.18.
                 batch = getattr(args, "eval_global_batch_size", args.global_batch_size)

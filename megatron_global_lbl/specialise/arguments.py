@@ -51,6 +51,7 @@ REFUSED = {
     "use_torch_fsdp2": "it shards the experts' weights",
     "moe_router_force_load_balancing": "it routes at random",
     "perform_rl_step": "it evaluates with rollouts of its own",
+    "full_validation": "Megatron has it for several validation sets only; --eval-iters says how much is read",
 }
 
 
@@ -142,7 +143,7 @@ def prepare(args: argparse.Namespace) -> Path:
             raise ConfigError(
                 "--dataloader-type external: not supported here, its data is not named by a path; allowed: single"
             )
-        if not args.eval_iters and not getattr(args, "full_validation", False):
+        if not args.eval_iters:
             raise ConfigError(
                 f"--eval-iters {args.eval_iters}: not allowed here; allowed: how many batches of each domain to read"
             )

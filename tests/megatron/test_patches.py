@@ -25,6 +25,7 @@ from megatron_global_lbl.command import main
 from megatron_global_lbl.command.insertions import fits, insertions
 from megatron_global_lbl.command.patch import patches_dir, pinned
 from megatron_global_lbl.metrics import read
+from megatron_global_lbl.specialise.result import read as read_specialisation
 
 HERE = Path(__file__).parent
 FILE, PINNED = pinned()
@@ -79,12 +80,12 @@ def environment(tree: Path) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": os.pathsep.join(path), "OMP_NUM_THREADS": "1"}
 
 
-def train(tree: Path, directory: Path, *launcher: str) -> str:
+def train(tree: Path, directory: Path, *launcher: str, more: tuple[str, ...] = ()) -> str:
     """Three steps on two ranks with the flag; what was printed. Without a launcher: `torchrun SCRIPT ARGS`, in CPU mode."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command += launcher or [str(HERE / "without_plugin.py")]
     command += [str(HERE / "patched" / "pretrain_any_release.py"), *TINY, "--train-iters", "3", *FLAG]
-    command += ["--moe-lbl-metrics-dir", str(directory)]
+    command += ["--moe-lbl-metrics-dir", str(directory), *more]
     result = subprocess.run(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=TIMEOUT_SECONDS, env=environment(tree)
     )
@@ -106,9 +107,21 @@ def test_an_unchanged_script_trains_with_the_flag(patched, tmp_path, release):
     assert_trained_with_the_hook(train(patched(release), tmp_path), tmp_path)
 
 
-def test_the_launcher_works_on_a_patched_tree(patched, tmp_path):
-    """The other way in: one hook and one line all the same."""
-    assert_trained_with_the_hook(train(patched("0.19.2"), tmp_path, "-m", "megatron_global_lbl", "--cpu"), tmp_path)
+def test_the_launchers_work_on_a_patched_tree(patched, tmp_path):
+    """The other way in: one hook and one line all the same. And the measurement on its checkpoint, with a script that has the
+    same data for every domain, and test data, too: each domain is evaluated once, and starts from zero."""
+    tree, checkpoint = patched("0.17.1"), str(tmp_path / "checkpoint")
+    save = ("--save", checkpoint, "--save-interval", "3")
+    assert_trained_with_the_hook(train(tree, tmp_path, "-m", "megatron_global_lbl", "--cpu", more=save), tmp_path)
+    (tmp_path / "text.idx").touch()
+    domains = (f"a={tmp_path / 'text'}", f"b={tmp_path / 'text'}")
+    more = (*save, "--load", checkpoint, "--eval-iters", "2", "--moe-lbl-domains", *domains)
+    printed = train(tree, tmp_path, "-m", "megatron_global_lbl.specialise", "--cpu", more=more)
+    measured = read_specialisation(tmp_path)
+    assert measured.names == ["a", "b"] and measured.iteration == 3 and not re.search(r"iteration +[0-9]+/ ", printed)
+    assert [(domain.sequences, domain.tokens) for domain in measured.domains] == [(16, 16 * 32)] * 2
+    assert measured.tokens_per_expert[0] == measured.tokens_per_expert[1]
+    assert [sum(counts) for counts in measured.tokens_per_expert[0]] == [2 * 16 * 32] * 2
 
 
 WITHOUT_PLUGIN = """

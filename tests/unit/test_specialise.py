@@ -122,6 +122,7 @@ def test_a_training_becomes_an_evaluation(tmp_path):
         ({"num_experts": None}, "--num-experts: not given"),
         ({"eval_iters": 0}, "--eval-iters 0: not allowed"),
         ({"moe_lbl_sampled_tokens": "few"}, "--moe-lbl-sampled-tokens few: not allowed"),
+        ({"full_validation": True}, "--full-validation: not supported"),
         ({"use_megatron_fsdp": True}, "--use-megatron-fsdp: not supported"),
         ({"dataloader_type": "external"}, "--dataloader-type external: not supported"),
     ],
