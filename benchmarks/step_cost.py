@@ -11,7 +11,8 @@ losses in turns, so that a drift of the machine meets all alike:
 
 A visit during which others (processes, or the host of a virtual machine) took more than `--disturbed` of this machine's CPU
 time is run again. A ratio is taken within a round, and the median over rounds is reported with its 95 % confidence interval
-(from the ranks of the sorted ratios, nothing assumed). `aux_loss (again)` is the same thing measured twice: what the machine
+(from the ranks of the sorted ratios, nothing assumed). "CPU in metrics" is measured where it is spent, and so tells shares that
+no ratio of steps can tell on a busy machine. `aux_loss (again)` is the same thing measured twice: what the machine
 can tell apart. The ratio of CPU times (of rank 0, all threads) shows the work that a loss adds, but no waiting. How latency is
 injected: latency.py.
 
@@ -26,7 +27,8 @@ import os
 import statistics
 import sys
 import time
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -78,6 +80,7 @@ class Clock:
     disturbed: float
     seconds: dict[Visit, float] = field(default_factory=dict)
     cpu_seconds: dict[Visit, float] = field(default_factory=dict)
+    in_metrics: dict[Visit, float] = field(default_factory=dict)
     reduced: dict[tuple[float, str], list[Reduced]] = field(default_factory=dict)
     layer_seconds: list[float] = field(default_factory=list)
     others: float = 0.0
@@ -86,6 +89,7 @@ class Clock:
     _step: int = 0
     _began: float = 0.0
     _cpu_began: float = 0.0
+    _of_metrics: list[float] = field(default_factory=list)
     _active: ExitStack = field(default_factory=ExitStack)
     _load: OtherLoad | None = None
 
@@ -112,11 +116,13 @@ class Clock:
         visit = self._current
         if self._step == 0:
             self.latency.seconds = visit.latency
+            self._active.enter_context(timed_metrics(self._of_metrics))
             self._active.enter_context(active(VARIANTS[visit.loss.removesuffix(AGAIN)], model))
             self._active.enter_context(timed_layers(model, self.layer_seconds if visit.untimed == WARM_UP_STEPS else None))
         if self._step == visit.untimed:
             dist.barrier()
             self.latency.reduced.clear()
+            self._of_metrics.clear()
             self._load = OtherLoad()
             self._began, self._cpu_began = time.perf_counter(), time.process_time()
         self._step += 1
@@ -139,6 +145,7 @@ class Clock:
         self.others += share.item() / len(self.visits)
         self.seconds[visit] = (now - self._began) / visit.timed
         self.cpu_seconds[visit] = (cpu_now - self._cpu_began) / visit.timed
+        self.in_metrics[visit] = sum(self._of_metrics) / visit.timed
         if dist.get_rank() == 0:
             milliseconds = self.seconds[visit] * 1000
             print(f"{visit.latency * 1000:g} ms, round {visit.round + 1}, {visit.loss}: {milliseconds:.1f} ms", flush=True)
@@ -177,6 +184,34 @@ def timed_layers(model: list[torch.nn.Module], seconds: list[float] | None) -> E
     return stack
 
 
+@contextmanager
+def timed_metrics(seconds: list[float]) -> Iterator[None]:
+    """Appends the CPU time of this thread in everything that the metrics do, but for copying the counts."""
+    from megatron_global_lbl.core import engine
+    from megatron_global_lbl.metrics.metrics import Metrics
+
+    places = [(engine, "observed"), *((Metrics, name) for name in ("observe", "end_step", "log"))]
+    originals = [getattr(owner, name) for owner, name in places]
+
+    def timed(original: Any) -> Any:
+        def function(*args: Any, **kwargs: Any) -> Any:
+            began = time.thread_time()
+            try:
+                return original(*args, **kwargs)
+            finally:
+                seconds.append(time.thread_time() - began)
+
+        return function
+
+    for (owner, name), original in zip(places, originals):
+        setattr(owner, name, timed(original))
+    try:
+        yield
+    finally:
+        for (owner, name), original in zip(places, originals):
+            setattr(owner, name, original)
+
+
 def plan(latencies: list[float], rounds: int, steps: int, losses: list[str]) -> list[Visit]:
     """All visits in order; the first one warms up and is in no table."""
     visits = [Visit(0.0, -1, losses[0], WARM_UP_STEPS, 1)]
@@ -206,7 +241,7 @@ def interval_of_median(numbers: list[float]) -> tuple[float, float]:
 def report(clock: Clock, latencies: list[float], losses: list[str]) -> str:
     """One Markdown table per latency; the reference is the first of the losses."""
     head = ["loss", "step, ms", "ratio", "95 %", "CPU time, ratio", "95 %", "all-reduces more", "bytes more"]
-    head += ["waited for in the forward", "in the backward", "latency exposed in them, ms"]
+    head += ["waited for in the forward", "in the backward", "latency exposed in them, ms", "CPU in metrics, ms", "of a step's"]
     parts = []
     for latency in latencies:
         rows = []
@@ -223,6 +258,10 @@ def report(clock: Clock, latencies: list[float], losses: list[str]) -> str:
             row.append(f"{sum(entry.payload for entry in reduced) - sum(entry.payload for entry in reference)}")
             row += [f"{sum(entry.waited == phase for entry in reduced)}" for phase in (FORWARD, BACKWARD)]
             row.append(f"{sum(entry.exposed for entry in reduced if entry.waited in (FORWARD, BACKWARD)) * 1000:.1f}")
+            visits = [visit for visit in clock.in_metrics if (visit.latency, visit.loss) == (latency, loss)]
+            in_metrics = statistics.median(clock.in_metrics[visit] for visit in visits)
+            row.append(f"{in_metrics * 1000:.2f}")
+            row.append(f"{in_metrics / statistics.median(clock.cpu_seconds[visit] for visit in visits):.2%}")
             rows.append(row)
         parts.append(f"### {latency * 1000:g} ms per all-reduce\n\n{table(head, rows)}\n")
     return "\n".join(parts)
