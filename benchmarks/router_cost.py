@@ -144,12 +144,19 @@ def beyond(ops: list[Op], baseline: list[Op]) -> list[Op]:
     return left
 
 
-def kept_bytes(model: str, variant: str, router_dtype: str | None) -> tuple[float, int]:
-    """(bytes per token, bytes per micro-batch) that the loss keeps for the backward, beyond the router without a loss."""
-    kept = []
-    for tokens in COUNTED_TOKENS:
-        with_loss, without = (count(model, name, tokens=tokens, router_dtype=router_dtype) for name in (variant, BASELINE))
-        kept.append(with_loss.kept - without.kept)
+def counts_at(model: str, variant: str, router_dtype: str | None) -> list[Counts]:
+    """The counts with each of `COUNTED_TOKENS`."""
+    return [count(model, variant, tokens=tokens, router_dtype=router_dtype) for tokens in COUNTED_TOKENS]
+
+
+def kept_bytes(with_loss: list[Counts], without: list[Counts]) -> tuple[float, int]:
+    """(bytes per token, bytes per micro-batch) that the loss keeps for the backward, beyond the router without a loss.
+
+    Args:
+        with_loss: its `counts_at`.
+        without: those of the variant "none".
+    """
+    kept = [ours.kept - none.kept for ours, none in zip(with_loss, without)]
     slope = (kept[1] - kept[0]) / (COUNTED_TOKENS[1] - COUNTED_TOKENS[0])
     return slope, round(kept[0] - slope * COUNTED_TOKENS[0])
 
@@ -240,15 +247,17 @@ def _profile(router: torch.nn.Module, variant: str, hidden: Tensor, gradient: Te
 def report_counts(model: str, variants: Sequence[str], router_dtype: str | None, rounds: int, list_ops: bool) -> str:
     """Markdown: launches, traffic, host waits, kept bytes and host time of one model."""
     tokens = COUNTED_TOKENS[-1]
-    baseline = count(model, BASELINE, tokens=tokens, router_dtype=router_dtype)
+    without = counts_at(model, BASELINE, router_dtype)
+    baseline = without[-1]
     host = host_times(model, [BASELINE, *variants], router_dtype=router_dtype, rounds=rounds)
     rows, details = [], []
     for name in variants:
         if name == BASELINE:
             continue
-        counts = count(model, name, tokens=tokens, router_dtype=router_dtype)
+        with_loss = counts_at(model, name, router_dtype)
+        counts = with_loss[-1]
         forward, backward = beyond(counts.forward, baseline.forward), beyond(counts.backward, baseline.backward)
-        per_token, per_micro_batch = kept_bytes(model, name, router_dtype)
+        per_token, per_micro_batch = kept_bytes(with_loss, without)
         rows.append(
             [
                 name,

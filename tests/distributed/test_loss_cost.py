@@ -29,12 +29,14 @@ def measure(model: str, losses: list[str], router_dtype: str | None):
     import routers
 
     routers.start_megatron()
-    none = router_cost.count(model, "none", tokens=64, router_dtype=router_dtype)
+    without = router_cost.counts_at(model, "none", router_dtype)
+    none = without[0]
     result = {}
     for loss in losses:
-        counts = router_cost.count(model, loss, tokens=64, router_dtype=router_dtype)
+        with_loss = router_cost.counts_at(model, loss, router_dtype)
+        counts = with_loss[0]
         launches = len(counts.forward) + len(counts.backward) - len(none.forward) - len(none.backward)
-        kept = router_cost.kept_bytes(model, loss, router_dtype)
+        kept = router_cost.kept_bytes(with_loss, without)
         result[loss] = (launches, counts.host_waits, counts.collectives, kept)
     return result
 
