@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from weakref import WeakKeyDictionary
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from megatron_global_lbl.core.attach import attach_loss
@@ -173,24 +172,20 @@ class Engine:
             return probs
         if not forward.in_scope or counted is None:
             return probs
-        if forward.attached is not None and forward.loss is not None:
-            from megatron_global_lbl.core.fused.counted import FusedForward
-
-            assert isinstance(counted, FusedForward)
-            layer.kind = forward.loss.kind
-            counted.observe_own()
-            if forward.which is Pass.ONLY:
-                counted.await_backward()
-            forward.attached.fill(counted, forward.loss.coeff, padding_mask)
-            return probs
-        if forward.loss is None or not (probs.requires_grad or (scores is not None and scores.requires_grad)):
+        trained = forward.attached is not None or probs.requires_grad or (scores is not None and scores.requires_grad)
+        if forward.loss is None or not trained:
             counted.backward_has_come()  # the coefficient is 0, or all that leads here is frozen
             return probs
-        assert scores is not None and score_sums_E is not None
+        score_sums_E = counted.score_sums_E if counted.is_fused else score_sums_E
+        assert score_sums_E is not None
         layer.kind = forward.loss.kind
         counted.observe(score_sums_E)
         if forward.which is Pass.ONLY:
             counted.await_backward()
+        if forward.attached is not None:
+            forward.attached.fill(counted, forward.loss.coeff, padding_mask)
+            return probs
+        assert scores is not None
         return attach_loss(probs=probs, scores=scores, counted=counted, coeff=forward.loss.coeff)
 
     def _count(
@@ -441,7 +436,7 @@ class Engine:
 
     def _say_once(self, text: str, layer: Layer) -> None:
         """The first rank of the layer's pipeline stage says it."""
-        if text not in self._said and dist.get_rank() == min(dist.get_process_group_ranks(layer.info.stage)):
+        if text not in self._said and layer.info.leads_stage:
             print(f"> moe-lbl: {text}", flush=True)
         self._said.add(text)
 

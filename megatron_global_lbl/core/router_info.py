@@ -63,3 +63,13 @@ class RouterInfo:
     backward_scale: BackwardScale
     acts: bool
     log: Callable[[Tensor, str], None]
+
+    @property
+    def data_parallel_size(self) -> int:
+        """Data-parallel ranks of the stage."""
+        return self.stage.size() // self.model.size()
+
+    @property
+    def leads_stage(self) -> bool:
+        """Whether this rank is the stage's first: what is said or written once per stage is by it."""
+        return dist.get_rank() == min(dist.get_process_group_ranks(self.stage))

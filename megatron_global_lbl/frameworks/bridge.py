@@ -17,7 +17,7 @@ from megatron.bridge.training.callbacks import Callback, CallbackContext
 from megatron.bridge.training.utils.checkpoint_utils import get_checkpoint_name
 
 import megatron_global_lbl as lbl
-from megatron_global_lbl.hook.checkpoint import of_all_stages
+from megatron_global_lbl.hook.checkpoint import of_all_stages, say
 from megatron_global_lbl.settings import Scope
 
 FILE = "moe_lbl.pt"
@@ -63,8 +63,8 @@ class LoadBalancing(Callback):
         file = Path(get_checkpoint_name(checkpoint.load, step)) / FILE
         if file.exists():
             self.handle.load_state_dict(torch.load(file, weights_only=True), context.model)
-        elif dist.get_rank() == 0:
-            print(f"> moe-lbl: no {file}: the window and the count of steps start anew", flush=True)
+        else:
+            say(f"no {file}: the window and the count of steps start anew")
 
     def on_checkpoint_save(self, context: CallbackContext) -> None:
         """After a checkpoint was written; every rank gets here."""

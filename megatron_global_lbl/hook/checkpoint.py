@@ -70,9 +70,9 @@ def install(patches: Patches, engine: Engine) -> None:
                     model = [chunk for reference in last_unwrapped if (chunk := reference()) is not None]
                     engine.load(saved, routers_of(model))
                     steps = max((len(layer["counts"]) for layer in saved.values()), default=0)
-                    _say(f"window continues with {min(steps, engine.settings.window_steps)} steps from the checkpoint")
+                    say(f"window continues with {min(steps, engine.settings.window_steps)} steps from the checkpoint")
                 else:
-                    _say("the checkpoint holds no window: it starts anew (f is uniform in the first step)")
+                    say("the checkpoint holds no window: it starts anew (f is uniform in the first step)")
             return result
 
         return _load_base_checkpoint
@@ -109,6 +109,7 @@ def _from_bytes(entry: dict[str, dict] | bytes) -> dict[str, dict]:
     return torch.load(io.BytesIO(entry), weights_only=True) if isinstance(entry, bytes) else entry
 
 
-def _say(text: str) -> None:
+def say(text: str) -> None:
+    """Rank 0 says it."""
     if dist.get_rank() == 0:
         print(f"> moe-lbl: {text}", flush=True)

@@ -43,8 +43,8 @@ class Takeover:
         if self._said or kind != "global_aux_loss":
             return
         self._said = True
-        if dist.get_rank() == min(dist.get_process_group_ranks(info.stage)):
-            dp = info.stage.size() // info.model.size()
+        if info.leads_stage:
+            dp = info.data_parallel_size
             print(
                 f"> moe-lbl: !! Megatron's global_aux_loss is taken over: its gradient is {dp} (the data-parallel size) times "
                 f"too weak, so the strength rises by a factor of {dp}. To keep the former strength divide "

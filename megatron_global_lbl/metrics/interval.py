@@ -10,6 +10,7 @@ micro-batches, their number).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -20,6 +21,15 @@ from megatron_global_lbl.core.layers import Layer
 from megatron_global_lbl.core.router_forward import Observed
 
 NAN = float("nan")
+
+
+class _Step(NamedTuple):
+    """What a step left: its forwards' own sums, the same over TP x CP, forwards by layer, and sequences of the first layer."""
+
+    own_FS: Tensor
+    of_micro_batches: Reduction
+    lengths: tuple[int, ...]
+    sequences: int
 
 
 class Interval:
@@ -44,7 +54,7 @@ class Interval:
     def _begin(self) -> None:
         self._sums_LS.zero_()
         self.steps = self.forwards = self.sequences = 0
-        self._step: tuple[Tensor, Reduction, tuple[int, ...], int] | None = None
+        self._step: _Step | None = None
 
     def add_step(self, by_layer: list[list[Observed]]) -> None:
         """A step has ended; what its forwards left, per layer."""
@@ -60,19 +70,19 @@ class Interval:
             alone = self._model.size() == 1
             of_micro_batches = Reduction(sums_FS if alone else sums_FS.clone(), self._model, blocking=False)
         lengths = tuple(len(of_layer) for of_layer in by_layer)
-        self._step = torch.cat([sums_FS, entropies_F.unsqueeze(1)], dim=1), of_micro_batches, lengths, len(by_layer[0])
+        sequences = sum(observed.sequences for observed in by_layer[0])
+        self._step = _Step(torch.cat([sums_FS, entropies_F.unsqueeze(1)], dim=1), of_micro_batches, lengths, sequences)
         self.steps += 1
-        self.forwards += len(by_layer[0])
-        self._step_sequences = sum(observed.sequences for observed in by_layer[0])
-        self.sequences += self._step_sequences
+        self.forwards += lengths[0]
+        self.sequences += sequences
 
     def take_back(self) -> None:
         """The step that ended last is run again: once until the next has ended."""
         if self._step is not None:
-            self._step[1].wait()
+            self._step.of_micro_batches.wait()
             self.steps -= 1
-            self.forwards -= self._step[3]
-            self.sequences -= self._step_sequences
+            self.forwards -= self._step.lengths[0]
+            self.sequences -= self._step.sequences
             self._step = None
 
     def close(self) -> np.ndarray:

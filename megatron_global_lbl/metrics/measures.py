@@ -17,6 +17,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+# An entropy near 1 is even; all others are better small.
 WORST_IS_LEAST = ("entropy", "uncertainty")
 BRIEF = ("lbl_global", "lbl_micro", "max_vio", "entropy", "dead")
 

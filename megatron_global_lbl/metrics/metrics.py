@@ -139,7 +139,7 @@ class Metrics:
                 topk=info.topk,
             )
             part = self._part_of_interval(layers[0], steps, forwards, iteration)
-            ranks = info.stage.size() // info.model.size()
+            ranks = info.data_parallel_size
             closed[number] = _Closed(
                 numbers_of(layers), values, sequences * ranks * part, float(counts_LE[0].sum()) / info.topk * part
             )
@@ -150,7 +150,7 @@ class Metrics:
                 **{"micro_batches": round(forwards / steps / info.applications), "log_interval": log_interval or steps},
                 **{"versions": self._versions, "started": self._started},
             }
-            if dist.get_rank() == min(dist.get_process_group_ranks(info.stage)):
+            if info.leads_stage:
                 interval_values = {
                     "iteration": iteration,
                     "steps": steps,
@@ -168,7 +168,7 @@ class Metrics:
         settings, info = self._settings, layer.info
         repeated = 1 / info.applications
         scope = settings.scope if info.acts and iteration > settings.start_iter else Scope.MICRO
-        ranks = info.stage.size() // info.model.size()
+        ranks = info.data_parallel_size
         of_ranks = (settings.group_size or ranks) / ranks
         if scope is Scope.MICRO:
             return 1 / (ranks * forwards)

@@ -217,10 +217,9 @@ def _what_is_missing(run: Run) -> list[str]:
         if len(part.rows) and not loads_of(part.path).exists():
             notes.append(f"{loads_of(part.path).name} is missing: no load of single experts")
     for stage in dict.fromkeys(stages):
-        missing = np.flatnonzero(~known[:, stages == stage].all(axis=1))
-        last = (
-            len(run.iterations) - 1 - int(np.argmin((~known[:, stages == stage].all(axis=1))[::-1]))
-        )  # the last that is there
+        missing_N = ~known[:, stages == stage].all(axis=1)
+        missing = np.flatnonzero(missing_N)
+        last = len(run.iterations) - 1 - int(np.argmin(missing_N[::-1]))  # the last that is there
         if len(missing) and missing[-1] > last:
             notes.append(f"stage {stage} is missing from iteration {run.iterations[last] + 1} on")
         if np.any(missing < last):

@@ -60,7 +60,6 @@ def figures(run: Run) -> list[Fact]:
     """Where the run stands: means over the last tenth of the record."""
     vio_L = late(run.metrics["max_vio"])
     entropy_L = late(run.metrics["entropy"])
-    dead = run.metrics["dead"][-1]
     layers = run.layers
     return [
         Fact("scope", str(run.header.get("scope", "not known")), _coefficient(run)),
@@ -69,14 +68,13 @@ def figures(run: Run) -> list[Fact]:
         Fact("LBL, micro-batches", _number(_mean(late(run.metrics["lbl_micro"]))), "mean of the layers"),
         Fact("MaxVio", _number(_mean(vio_L)), _worst(vio_L, layers, highest=True)),
         Fact("entropy of the load", _number(_mean(entropy_L), 4), _worst(entropy_L, layers, highest=False, digits=4)),
-        Fact("dead experts", _amount(np.nansum(dead) if np.isfinite(dead).any() else np.nan), "in the last interval"),
+        Fact("dead experts", _dead(run), "in the last interval"),
     ]
 
 
 def row(run: Run, label: str, found: list[Alarm]) -> list[str]:
     """The run's line in the table of runs (COLUMNS)."""
     vio_L = late(run.metrics["max_vio"])
-    dead = run.metrics["dead"][-1]
     return [
         label,
         str(run.header.get("scope", "-")),
@@ -86,7 +84,7 @@ def row(run: Run, label: str, found: list[Alarm]) -> list[str]:
         _number(_mean(vio_L)),
         _worst(vio_L, run.layers, highest=True, short=True),
         _number(_mean(late(run.metrics["entropy"])), 4),
-        _amount(np.nansum(dead) if np.isfinite(dead).any() else np.nan),
+        _dead(run),
         str(len(found)) if found else "none",
     ]
 
@@ -136,6 +134,12 @@ def _worst(value_L: np.ndarray, layers: list[str], *, highest: bool, digits: int
 
 def _mean(value_L: np.ndarray) -> float:
     return float(np.nanmean(value_L)) if np.isfinite(value_L).any() else np.nan
+
+
+def _dead(run: Run) -> str:
+    """Experts of all layers, in the last interval."""
+    dead_L = run.metrics["dead"][-1]
+    return _amount(np.nansum(dead_L) if np.isfinite(dead_L).any() else np.nan)
 
 
 def _amount(value: float) -> str:

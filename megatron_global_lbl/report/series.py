@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from megatron_global_lbl.metrics.measures import WORST_IS_LEAST
+
 POINTS = 300
-# Which end is bad: an entropy near 1 is even, all others are better small.
-LOW_IS_BAD = ("entropy", "uncertainty")
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def over_layers(iterations: np.ndarray, values_NL: np.ndarray, name: str) -> Ser
     """The series of a metric of that name."""
     starts_B = edges(len(iterations))
     layers_BL = binned(values_NL, starts_B)
-    low = name in LOW_IS_BAD
+    low = name in WORST_IS_LEAST
     extreme = np.fmin if low else np.fmax
     with warnings.catch_warnings():  # a point of which nothing is known is NaN, and a gap in the picture
         warnings.simplefilter("ignore", RuntimeWarning)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from megatron_global_lbl.core.balance import CountedForward
     from megatron_global_lbl.core.fused.counted import FusedForward
 
 
@@ -20,14 +21,15 @@ class LossOnLogits:
         self.coeff = 0.0
         self.padding_mask: Tensor | None = None
 
-    def fill(self, counted: FusedForward, coeff: float, padding_mask: Tensor | None) -> None:
+    def fill(self, counted: CountedForward, coeff: float, padding_mask: Tensor | None) -> None:
         """
         Args:
-            counted: what the forward counted.
+            counted: what the forward counted, by the kernels.
             coeff: alpha.
             padding_mask: [T] bool, True for padding, or None.
         """
-        self.counted, self.coeff, self.padding_mask = counted, coeff, padding_mask
+        assert counted.is_fused
+        self.counted, self.coeff, self.padding_mask = cast("FusedForward", counted), coeff, padding_mask
 
 
 class _Attach(torch.autograd.Function):

@@ -69,8 +69,8 @@ class FusedForward(CountedForward):
         self.score_sums_E, self._logged = score_sums_E, logged
         self.own_counts_E = counts[-1] if keep else None
 
-    def observe_own(self) -> None:
-        """The backward of this forward will come: its scores belong into the log. `dp` and `global` add them there."""
+    def observe(self, score_sums_E: Tensor) -> None:
+        """`dp` and `global` add them to the log in the backward."""
 
     def fused_score_gradient(self, *, coeff: float, per_token: bool) -> tuple[Tensor, float]:
         """`score_gradient` by a kernel, and what it is still to be multiplied with; adds the summed scores for the log."""
@@ -112,9 +112,9 @@ class _FusedGlobal(FusedForward, Global):
 
 
 class _FusedWindow(FusedForward, Window):
-    def observe_own(self) -> None:
+    def observe(self, score_sums_E: Tensor) -> None:
         if not self._logged:  # counted by the first forward of a recomputed layer
-            self.layer.score_sums_E += self.score_sums_E
+            self.layer.score_sums_E += score_sums_E
 
     def fused_score_gradient(self, *, coeff: float, per_token: bool) -> tuple[Tensor, float]:
         gradient_E = self.unit_gradient(per_token)

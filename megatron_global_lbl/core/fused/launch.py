@@ -49,9 +49,10 @@ def count(
     Returns:
         [copies, E] int32, [E] float32 (`add_sums_to` if it is given).
     """
-    tokens, experts, block_E, block_T = _sizes(logits)
-    programs = max(1, min(triton.cdiv(tokens, block_T), PROGRAMS))
-    shares = (programs, block_E)
+    tokens, experts = logits.shape
+    constants = _constants(logits, padding_mask, score_function)
+    programs = max(1, min(triton.cdiv(tokens, constants["BLOCK_T"]), PROGRAMS))
+    shares = (programs, constants["BLOCK_E"])
     counts = torch.empty((copies, experts), dtype=torch.int32, device=logits.device)
     sums = torch.empty(experts, dtype=torch.float32, device=logits.device) if add_sums_to is None else add_sums_to
     selected = _as_bytes(selection)
@@ -66,11 +67,7 @@ def count(
         step_C,
         sums,
         tokens,
-        E=experts,
-        BLOCK_E=block_E,
-        BLOCK_T=block_T,
-        FUNCTION=BY_NAME[score_function],
-        PADDED=padding_mask is not None,
+        **constants,
         COPIES=copies,
         STEP={Scope.DP: 0, Scope.GLOBAL: 1, Scope.WINDOW: 2}[scope],
         ADD_SUMS=add_sums_to is not None,
@@ -148,7 +145,8 @@ def add_to_gradient(
 ) -> Tensor:
     """[T, E] gradient of the logits: `incoming`, and that of scores whose every valid row has the gradient `gradient_E`
     (float32) times `factor` times `scale` (a number, or a tensor of one)."""
-    tokens, experts, block_E, block_T = _sizes(logits)
+    tokens = len(logits)
+    constants = _constants(logits, padding_mask, score_function)
     incoming = incoming.contiguous()
     outgoing = torch.empty_like(incoming)
     if tokens == 0:
@@ -158,7 +156,7 @@ def add_to_gradient(
         scale = scale.to(device=logits.device, dtype=torch.float32)
     else:
         factor = factor * scale
-    logits_kernel[(triton.cdiv(tokens, block_T),)](
+    logits_kernel[(triton.cdiv(tokens, constants["BLOCK_T"]),)](
         logits,
         logits if padding_mask is None else _as_bytes(padding_mask),
         gradient_E,
@@ -167,20 +165,18 @@ def add_to_gradient(
         incoming,
         outgoing,
         tokens,
-        E=experts,
-        BLOCK_E=block_E,
-        BLOCK_T=block_T,
-        FUNCTION=BY_NAME[score_function],
-        PADDED=padding_mask is not None,
+        **constants,
         SCALED=scaled,
     )
     return outgoing
 
 
-def _sizes(logits: Tensor) -> tuple[int, int, int, int]:
-    tokens, experts = logits.shape
+def _constants(logits: Tensor, padding_mask: Tensor | None, score_function: str) -> dict[str, int]:
+    """What the kernels on [T, E] are compiled for."""
+    experts = logits.shape[1]
     block_E = triton.next_power_of_2(experts)
-    return tokens, experts, block_E, max(1, BLOCK // block_E)
+    sizes = {"E": experts, "BLOCK_E": block_E, "BLOCK_T": max(1, BLOCK // block_E)}
+    return sizes | {"FUNCTION": BY_NAME[score_function], "PADDED": padding_mask is not None}
 
 
 def _as_bytes(mask: Tensor) -> Tensor:
