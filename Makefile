@@ -35,7 +35,8 @@ demo: $(STAMP)
 	$(BIN)/python examples/demo/run.py --out $(DEMO_OUT)
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -n $(TEST_JOBS) --dist loadgroup --durations 15 tests
+	$(BIN)/python -m pytest -n $(TEST_JOBS) --dist loadgroup --durations 15 tests --ignore tests/slurm
+	$(BIN)/python -m pytest tests/slurm # alone: their jobs have time limits and ports of the whole machine
 
 test-versions: $(STAMP)
 	scripts/install-megatron-versions $(BIN)/python $(VERSIONS)

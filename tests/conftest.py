@@ -9,13 +9,11 @@ HERE = Path(__file__).parent
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """What shares an expensive fixture stays in one process: a file, a function of tests/distributed (whose worker pool is kept
-    over all its files), all of SLURM (one cluster per machine)."""
+    """What shares an expensive fixture stays in one process: a file, or a function of tests/distributed (whose worker pool is
+    kept over all its files)."""
     for item in items:
         folder = item.path.relative_to(HERE).parts[0]
         name = item.path.stem
-        if folder == "slurm":
-            name = "slurm"
-        elif folder == "distributed" and "workers" in item.fixturenames:
+        if folder == "distributed" and "workers" in item.fixturenames:
             name = f"{name}.{item.originalname}"
         item.add_marker(pytest.mark.xdist_group(name))

@@ -2,7 +2,7 @@
 
 `SequentialMLP` calls two linear modules per expert, forward and backward: at 64 small experts the calls cost many times the
 arithmetic. Here a layer has one weight [E, 2F, H] and one [E, H, F], and a loop over matrix products only. The products and
-their order are the same, so output and gradients are `SequentialMLP`'s bit by bit (tests/unit/test_reproduce.py).
+their order are the same, so output and gradients are `SequentialMLP`'s bit by bit (tests/unit/test_reproduce_parts.py).
 
 Shape suffixes: N routed (token, choice) pairs by expert, E experts, H hidden, F an expert's width, I to O of a product.
 """

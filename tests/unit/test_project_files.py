@@ -32,3 +32,9 @@ def test_make_targets_exist(file):
     named = set(re.findall(r"(?:^|`|entry: )make ([a-z-]+)", (ROOT / file).read_text(), re.MULTILINE))
     phony = re.search(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
     assert phony and named and named <= set(phony[1].split()), named
+
+
+def test_no_two_test_files_have_one_name():
+    """Test folders are no packages: of two files of one name pytest collects one, and worker processes import either."""
+    names = [path.name for path in (ROOT / "tests").rglob("*.py") if path.name != "conftest.py"]
+    assert sorted(set(names)) == sorted(names)
