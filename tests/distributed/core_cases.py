@@ -41,6 +41,7 @@ CORE = {
     "test_group_limited_topk[global-sigmoid-True]",
     "test_upstreams_global_aux_loss_is_taken_over[global]",
     "test_one_backward_of_both[global-full]",
+    "test_replays_give_the_gradient_and_the_log[dp-data-False]",
     "test_replays_give_the_gradient_and_the_log[global-data-True]",
 }
 

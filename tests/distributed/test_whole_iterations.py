@@ -32,6 +32,8 @@ STEPS = WARM_UP + 3
     ids=str,
 )
 def test_replays_give_the_gradient_and_the_log(workers, scope, layout, per_token):
+    if per_token and RELEASE < (0, 18):
+        pytest.skip("before Megatron-Core 0.18 finalize_model_grads asks for the number of tokens on the host")
     # Before 0.16 routers take no mask, and a graph takes no sequences of other lengths.
     masks = "uneven" if RELEASE >= (0, 16) else "none"
     problem = Problem(scope, 2, 3, STEPS, window_steps=2, per_token=per_token, micro_coeff=0.003, masks=masks)
