@@ -84,8 +84,9 @@ def balance_bsz(results: Results) -> Any:
 
 def specialisation(results: Results) -> Any:
     """Where each domain's tokens go, with micro and global: layers one above the other, experts in order of use."""
-    found = [(name, results[setting].get(0)) for name, setting in (("micro", MICRO), ("global", GLOBAL))]
-    both = [(name, run) for name, run in found if run is not None and "frequencies" in run]
+    both = []
+    for name, setting in (("micro", MICRO), ("global", GLOBAL)):
+        both += [(name, run) for run in results[setting].values() if "frequencies" in run][:1]
     if len(both) < 2:
         return None
     layers = len(both[0][1]["frequencies"][0])

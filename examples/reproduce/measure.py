@@ -9,6 +9,7 @@ Shape suffixes: S steps, L layers, E experts, D domains, B sequences, T tokens o
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,8 @@ class Measurement:
                 **balance(counts_SLE.cpu().numpy()),
             }
             found.update(self._evaluate(data))
+            if not self._first_iteration:  # else another process trained the beginning
+                found["processor_seconds"] = round(time.process_time(), 1)  # what other work of the machine does not change
             path.write_text(json.dumps(found) + "\n", encoding="utf-8")
         torch.distributed.barrier()
 

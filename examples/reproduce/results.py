@@ -1,4 +1,5 @@
-"""Results of runs: read, gathered into one file that is kept with the repository, and compared in pairs of equal seeds."""
+"""Results of runs: read, gathered into one file that is kept with the repository, and compared in pairs: of equal seed, on the
+same machine with the same versions, since rounding alone parts trainings."""
 
 from __future__ import annotations
 
@@ -14,19 +15,27 @@ GATHERED = "results.jsonl"
 HEATMAPS = ("over=sequences-1", "scope=global")  # their frequencies are kept, of the first seed
 
 Result = dict[str, Any]
+Pair = tuple[int, str]
+"""What the runs of a comparison have in common: the seed, and the machine with its versions."""
+
+
+def machine(result: Result) -> str:
+    """The processor and the versions that a run was made with."""
+    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
+    return f"{result['machine']['processor']}, {result['machine']['cores']} cores; {versions}"
 
 
 class Results:
-    """By setting, then seed."""
+    """By setting, then seed and machine."""
 
     def __init__(self, found: list[Result]) -> None:
-        self._by_setting: dict[str, dict[int, Result]] = {}
+        self._by_setting: dict[str, dict[Pair, Result]] = {}
         for result in found:
             name = Setting(**result["setting"]).name
-            self._by_setting.setdefault(name, {})[result["seed"]] = result
+            self._by_setting.setdefault(name, {})[result["seed"], machine(result)] = result
 
-    def __getitem__(self, setting: Setting) -> dict[int, Result]:
-        """The runs of a setting by seed; empty if there are none."""
+    def __getitem__(self, setting: Setting) -> dict[Pair, Result]:
+        """The runs of a setting, those of a seed together; empty if there are none."""
         return dict(sorted(self._by_setting.get(setting.name, {}).items()))
 
     def __iter__(self):
@@ -53,11 +62,11 @@ def gather(out: Path, kept: Path) -> int:
     """Adds the results under `out` to the file under `kept`; returns the number of runs there. What is there stays."""
     kept.mkdir(parents=True, exist_ok=True)
     both = read(kept)
-    names = {(Setting(**result["setting"]).name, result["seed"]) for result in both}
+    names = {(Setting(**result["setting"]).name, result["seed"], machine(result)) for result in both}
     lines = [json.dumps(result) for result in both]
     for result in read(out):
         name = Setting(**result["setting"]).name
-        if (name, result["seed"]) in names:
+        if (name, result["seed"], machine(result)) in names:
             continue
         if not (result["seed"] == 0 and name in HEATMAPS):
             result.pop("frequencies", None)
@@ -74,7 +83,7 @@ def loss(result: Result) -> float:
 
 @dataclass(frozen=True)
 class Difference:
-    """A measured number less that of the same seed in another setting."""
+    """A measured number less that of the same seed, on the same machine, in another setting."""
 
     values: list[float]
 
@@ -84,26 +93,26 @@ class Difference:
 
     @property
     def spread(self) -> float:
-        """Standard deviation over seeds; 0 where there is one seed."""
+        """Standard deviation over pairs; 0 where there is one."""
         return stdev(self.values) if len(self.values) > 1 else 0.0
 
     def __str__(self) -> str:
         if not self.values:
             return "not run"
         if len(self.values) == 1:
-            return f"{self.mean:+.3f} (one seed)"
+            return f"{self.mean:+.3f} (one pair)"
         same = sum(value * self.mean > 0 for value in self.values)
-        return f"{self.mean:+.3f} ± {self.spread:.3f} ({same} of {len(self.values)} seeds)"
+        return f"{self.mean:+.3f} ± {self.spread:.3f} ({same} of {len(self.values)})"
 
 
 def difference(results: Results, setting: Setting, base: Setting) -> Difference:
-    """Of the validation loss, over the seeds that both have."""
+    """Of the validation loss, over the pairs that there are."""
     ours, theirs = results[setting], results[base]
-    return Difference([loss(ours[seed]) - loss(theirs[seed]) for seed in ours if seed in theirs])
+    return Difference([loss(ours[pair]) - loss(theirs[pair]) for pair in ours if pair in theirs])
 
 
 def average(results: Results, setting: Setting, key: str) -> float | None:
-    """Mean over seeds of a number; `loss` is the validation loss, `max_vio` that of the last fifth of the steps."""
+    """Mean over runs of a number; `loss` is the validation loss, `max_vio` that of the last fifth of the steps."""
     runs = results[setting].values()
     if not runs:
         return None

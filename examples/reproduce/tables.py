@@ -8,7 +8,7 @@ from pathlib import Path
 
 from reproduce import experiments
 from reproduce.experiments import ALPHAS, FEW, GLOBAL, MICRO, changed
-from reproduce.results import Results, average, difference
+from reproduce.results import Results, average, difference, machine
 from reproduce.settings import Setting
 
 
@@ -42,7 +42,6 @@ def rows(results: Results, named: list[tuple[str, Setting]], base: tuple[str, Se
     """A row per setting: the loss, its paired difference, specialisation and balance."""
     lines = []
     for name, setting in named:
-        seeds = results[setting]
         value = average(results, setting, "loss")
         if value is None:
             lines.append([name, "not run", *[""] * (len(FIGURES) - 1)])
@@ -50,9 +49,9 @@ def rows(results: Results, named: list[tuple[str, Setting]], base: tuple[str, Se
         own = "" if setting == base[1] else str(difference(results, setting, base[1]))
         others = [average(results, setting, key) for key in ("contrast", "lbl_within_sequences", "max_vio")]
         starved = average(results, setting, "starved_experts")
-        label = f"{name} ({len(seeds)})"
+        label = f"{name} ({len(results[setting])})"
         lines.append([label, f"{value:.3f}", own, *(f"{x:.2f}" for x in others), f"{100 * (starved or 0):.0f} %"])
-    return _table(["(seeds)", *(head.format(base=base[0]) for head in FIGURES)], lines)
+    return _table(["(runs)", *(head.format(base=base[0]) for head in FIGURES)], lines)
 
 
 def balance_bsz(results: Results, alpha: float = 0.1) -> str:
@@ -157,7 +156,7 @@ def _delays(results: Results, named: list[tuple[str, Setting]], base: Setting) -
             ]
         )
     head = [
-        "(seeds)",
+        "(runs)",
         "validation loss",
         "less global",
         "MaxVio, most of steps 40 to 80",
@@ -190,13 +189,12 @@ def delay(results: Results) -> str:
 
 def runs(results: Results) -> str:
     """What the runs were made with, and how long they took."""
-    by_machine: dict[tuple[str, ...], list[float]] = {}
+    by_machine: dict[tuple[str, str], list[float]] = {}
     for result in results:
-        versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
-        machine = f"{result['machine']['processor']}, {result['machine']['cores']} cores"
-        by_machine.setdefault((machine, versions, result["data"]), []).append(result["seconds"])
+        seconds = result.get("processor_seconds", result["seconds"])
+        by_machine.setdefault((machine(result), result["data"]), []).append(seconds)
     rows = [[*key, str(len(s)), f"{sum(s) / len(s):.0f}"] for key, s in by_machine.items()]
-    return _table(["machine", "versions", "data", "runs", "mean seconds of a run"], rows)
+    return _table(["machine and versions", "data", "runs", "mean seconds of a run"], rows)
 
 
 TABLES: dict[str, Callable[[Results], str]] = {

@@ -59,7 +59,7 @@ def test_a_run_with_a_result_is_not_trained_again(tmp_path, capsys):
         trainings.train_all([Run(Setting(), 1)], size="cpu", data=tmp_path, out=tmp_path, jobs=1, limit=None)
 
 
-def _result(setting: Setting, seed: int, loss: float, digest: str = "d") -> dict:
+def _result(setting: Setting, seed: int, loss: float, digest: str = "d", version: str = "1") -> dict:
     """What a run of two domains, two layers and four experts leaves."""
     return {
         "setting": setting.__dict__,
@@ -68,7 +68,7 @@ def _result(setting: Setting, seed: int, loss: float, digest: str = "d") -> dict
         "seconds": 1.0,
         "domains": ["a", "b"],
         "machine": {"processor": "p", "cores": 1},
-        "versions": {"torch": "1"},
+        "versions": {"torch": version},
         "valid_loss": {"a": loss, "b": loss + 1},
         "frequencies": [[[0.7, 0.1, 0.1, 0.1]] * 2, [[0.1, 0.1, 0.1, 0.7]] * 2],
         "contrast": 0.5,
@@ -86,13 +86,15 @@ def test_tables_and_pictures_come_from_the_results(tmp_path):
     for seed in (0, 1):
         for setting, loss in ((MICRO, 2.0), (GLOBAL, 1.9 - seed / 10)):
             (out / f"{setting.name}{seed}.json").write_text(json.dumps(_result(setting, seed, loss)))
-    assert results.gather(out, kept) == 4 == results.gather(out, kept)  # the second time adds nothing
+    other = _result(GLOBAL, 0, 1.0, version="2")  # without a partner on its machine
+    (out / "other.json").write_text(json.dumps(other))
+    assert results.gather(out, kept) == 5 == results.gather(out, kept)  # the second time adds nothing
     document = tmp_path / "document.md"
     document.write_text("before\n<!-- begin balance-bsz -->\nold\n<!-- end balance-bsz -->\nafter\n")
     figures.make(kept, tmp_path / "images", document)
     text = document.read_text()
     # Of seeds 0 and 1: -0.1 and -0.2, mean and standard deviation.
-    assert "-0.150 ± 0.071 (2 of 2 seeds)" in text and "old" not in text
+    assert "-0.150 ± 0.071 (2 of 2)" in text and "old" not in text
     assert text.startswith("before") and text.endswith("after\n") and "not run" in text
     assert {path.name for path in (tmp_path / "images").iterdir()} == {"reproduce-bsz.png", "reproduce-specialisation.png"}
 
