@@ -1,12 +1,13 @@
 """What the load-balancing losses add to a training step on 8 to 16,384 GPUs: a model, not a measurement.
 
-    python benchmarks/scaling_model.py            # the tables of docs/scaling.md
+    python benchmarks/scaling_model.py            # the table of docs/scaling.md
 
 Imports nothing but the standard library. Times in microseconds, sizes in bytes.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
 
@@ -27,7 +28,7 @@ SLOW_CLUSTER = 64.18 / 25.200924
 # --- The compute that the latency hides behind, or adds to. ---
 H100_BF16_FLOPS_PER_US = 989e6  # dense bf16, H100 SXM data sheet: 989 TFLOP/s
 MODEL_FLOPS_UTILISATION = 0.4  # assumed; a higher one makes layers shorter, so latency shows earlier
-TOKENS_PER_MICRO_BATCH = 4096  # per GPU: one sequence of 4096
+TOKENS = [4096, 1024, 256]  # per GPU and micro-batch: a sequence of 4096, or what TP leaves of one, or short sequences
 BACKWARD_OVER_FORWARD = 2.0  # two matrix products per forward one; no recompute
 AFTER_ROUTER = 0.5  # assumed share of a layer's time behind its router: its experts (attention is before it)
 
@@ -47,6 +48,7 @@ class Training:
         micro_batches: per step.
         smallest: GPUs below which the model does not fit in this layout.
         source: of the numbers.
+        tokens: per GPU and micro-batch.
     """
 
     model: str
@@ -56,6 +58,7 @@ class Training:
     micro_batches: int
     smallest: int
     source: str
+    tokens: int = TOKENS[0]
 
     @property
     def size(self) -> ModelSize:
@@ -68,7 +71,7 @@ class Training:
     @property
     def layer_forward(self) -> float:
         """Forward of one layer and micro-batch on one GPU."""
-        flops = 2 * self.active / self.layers * TOKENS_PER_MICRO_BATCH
+        flops = 2 * self.active / self.layers * self.tokens
         return flops / (H100_BF16_FLOPS_PER_US * MODEL_FLOPS_UTILISATION)
 
     @property
@@ -103,7 +106,7 @@ TRAININGS = [
     ),
     Training("paper-3.4b-a0.6b", 0.6e9, 24, 1, 8, 8, "0.6 B active parameters (arXiv 2501.11873); 24 layers assumed"),
 ]
-GPUS = [8, 16, 64, 256, 1024, 4096, 16384]
+GPUS = [64, 1024, 16384]
 
 
 def all_reduce(ranks: int, payload: int, slowdown: float = 1.0) -> float:
@@ -174,53 +177,53 @@ def added(training: Training, gpus: int, slowdown: float) -> Added:
 
 
 HEAD = [
+    "model",
     "GPUs",
-    "dp",
     "all-reduce, us",
-    "`global_aux_loss` adds, ms",
-    "of the step",
-    "`dp`, `global` add, ms",
-    "`window` adds, ms",
-    "hidden if a layer's forward takes, us",
-    "or has, tokens",
+    "tokens",
+    "a layer's forward, us",
+    "`global_aux_loss` adds",
+    "`dp`, `global` add",
+    "add nothing from, tokens",
 ]
 
 
-def tables() -> str:
-    """The Markdown of docs/scaling.md: one table per model."""
-    parts = []
+def table() -> str:
+    """The Markdown of docs/scaling.md: what the models are, and one table of what losses add to their step."""
+    lines = []
     for training in TRAININGS:
-        layer, step, size = training.layer_forward, training.step, training.size
-        rows = [HEAD, ["---:"] * len(HEAD)]
-        for gpus in GPUS:
-            if gpus < training.smallest:
-                continue
-            good, slow = added(training, gpus, 1.0), added(training, gpus, SLOW_CLUSTER)
-            hidden = good.hidden_from, slow.hidden_from
-            tokens = [math.ceil(time / layer * TOKENS_PER_MICRO_BATCH) for time in hidden]
-            rows.append(
-                [
-                    f"{gpus:,}",
-                    f"{gpus // training.pipeline:,}",
-                    f"{good.latency:.0f} / {slow.latency:.0f}",
-                    f"{good.upstream / 1000:.1f} / {slow.upstream / 1000:.1f}",
-                    f"{good.upstream / step:.1%} / {slow.upstream / step:.1%}",
-                    f"{good.overlap / 1000:.1f} / {slow.overlap / 1000:.1f}",
-                    f"{good.window / 1000:.1f} / {slow.window / 1000:.1f}",
-                    f"{hidden[0]:.0f} / {hidden[1]:.0f}",
-                    f"{tokens[0]:,} / {tokens[1]:,}",
-                ]
-            )
-        parts.append(
-            f"### {training.model}\n\n"
-            f"{size.experts} experts, top-{size.topk}, {size.moe_layers} MoE layers, {training.pipeline} pipeline stage(s), "
-            f"{training.micro_batches} micro-batches. {training.source}. A layer's forward takes {layer:,.0f} us, "
-            f"a step with `aux_loss` {step / 1000:,.0f} ms.\n"
+        size, stages = training.size, f"{training.pipeline} pipeline stage" + "s" * (training.pipeline > 1)
+        lines.append(
+            f"- {training.model}: {size.experts} experts, top-{size.topk}, {size.moe_layers} MoE layers, {stages}, "
+            f"{training.micro_batches} micro-batches. {training.source}."
         )
-        parts += ["| " + " | ".join(row) + " |" for row in rows]
-        parts.append("")
-    return "\n".join(parts).rstrip()
+    rows = [HEAD, ["---"] + ["---:"] * (len(HEAD) - 1)]
+    for training in TRAININGS:
+        for gpus in GPUS:
+            for tokens in TOKENS:
+                if gpus >= training.smallest:
+                    rows.append(_row(dataclasses.replace(training, tokens=tokens), gpus))
+    return "\n".join([*lines, "", *("| " + " | ".join(row) + " |" for row in rows)])
+
+
+def _row(training: Training, gpus: int) -> list[str]:
+    layer, step = training.layer_forward, training.step
+    both = [added(training, gpus, slowdown) for slowdown in (1.0, SLOW_CLUSTER)]
+
+    def of_step(times: list[float]) -> str:
+        return " / ".join(f"{time / step:.1%}" for time in times)
+
+    return [
+        training.model,
+        f"{gpus:,}",
+        " / ".join(f"{one.latency:.0f}" for one in both),
+        f"{training.tokens:,}",
+        f"{layer:,.0f}",
+        of_step([one.upstream for one in both]),
+        of_step([one.overlap for one in both]),
+        " / ".join(f"{math.ceil(one.hidden_from / layer * training.tokens):,}" for one in both),
+    ]
 
 
 if __name__ == "__main__":
-    print(tables())
+    print(table())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,19 @@ import scaling_model as model  # noqa: E402
 
 def test_the_document_shows_the_models_output():
     document = (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8")
-    assert model.tables() in document, "run python benchmarks/scaling_model.py and put its output into docs/scaling.md"
+    assert model.table() in document, "run python benchmarks/scaling_model.py and put its output into docs/scaling.md"
+
+
+def test_window_hides_behind_a_stages_forward():
+    """What the document says of it: nothing is added, in any row."""
+    rows = [
+        (replace(training, tokens=tokens), gpus)
+        for training in model.TRAININGS
+        for tokens in model.TOKENS
+        for gpus in model.GPUS
+        if gpus >= training.smallest
+    ]
+    assert all(model.added(*row, slowdown).window == 0.0 for row in rows for slowdown in (1.0, model.SLOW_CLUSTER))
 
 
 def test_latency_is_what_nccl_logged():
