@@ -22,7 +22,7 @@ class Scope(str, Enum):
     GLOBAL = "global"
     """All data-parallel ranks and the step's micro-batches (the paper's synchronisation + buffer)."""
     WINDOW = "window"
-    """All data-parallel ranks and the last completed optimizer steps. Experimental (docs/operations.md)."""
+    """All data-parallel ranks and the last completed optimizer steps. Experimental (docs/balancing.md)."""
 
 
 class Sync(str, Enum):

@@ -1,7 +1,7 @@
 """Does the load of the experts swing? Its autocorrelation says so: clearly negative at half a period.
 
 A correction that comes late overshoots: experts that were too full are pushed away until they are too empty. Scope `window`
-does this with W steps at a period of about 4 W (docs/operations.md). Noise has no autocorrelation, and what drifts slowly has a
+does this with W steps at a period of about 4 W (docs/balancing.md). Noise has no autocorrelation, and what drifts slowly has a
 positive one at the lags that are looked at. Swings shorter than two intervals are averaged away before they are recorded.
 Shape suffixes: N intervals, L layers, E experts.
 """
