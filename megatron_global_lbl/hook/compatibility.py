@@ -35,9 +35,10 @@ def takes_sigmoid_in_float32() -> bool:
     return require_supported() >= (0, 17)
 
 
-def fsdp_is_proven() -> bool:
-    """Megatron FSDP was compared with the formula in 0.19 only."""
-    return require_supported() == (0, 19)
+def proven_fsdp() -> str | None:
+    """The class of Megatron FSDP whose gradients were compared with the formula in this release, None if none was. PyTorch's is
+    TorchFullyShardedDataParallel."""
+    return {(0, 19): "FullyShardedDataParallel", (0, 20): "FullyShardedDataParallelV1"}.get(require_supported())
 
 
 def stage_name(stage: dist.ProcessGroup) -> str:

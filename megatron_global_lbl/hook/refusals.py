@@ -14,8 +14,7 @@ UNSEEN = ("sinkhorn", "quantile_balancing")
 """Types of load balancing that do not select through `topk_routing_with_score_function`."""
 CHECKPOINT_FORMATS = ("torch", "torch_dist", "fsdp_dtensor")
 
-MEGATRON_FSDP = "FullyShardedDataParallel"  # the class; PyTorch's is TorchFullyShardedDataParallel
-PROVEN_WRAPPERS = "Megatron's DDP, or --use-megatron-fsdp on Megatron-Core 0.19 (no other was proven right)"
+PROVEN_WRAPPERS = "Megatron's DDP, or --use-megatron-fsdp on Megatron-Core 0.19 or 0.20 (no other was proven right)"
 
 
 def asked_for(settings: Settings) -> str:
@@ -52,8 +51,12 @@ def refuse_arguments(args: Any, settings: Settings) -> None:
         refuse_nothing_to_act_on(args, chosen)
     settings.require_group_size_fits(args.data_parallel_size)
     for name in ("use_megatron_fsdp", "use_torch_fsdp2"):
-        if getattr(args, name, False) and not (name == "use_megatron_fsdp" and compatibility.fsdp_is_proven()):
+        if getattr(args, name, False) and not (name == "use_megatron_fsdp" and compatibility.proven_fsdp()):
             raise ConfigError(f"{chosen} is not supported with --{name.replace('_', '-')}; allowed: {PROVEN_WRAPPERS}")
+    if getattr(args, "use_megatron_fsdp", False) and getattr(args, "megatron_fsdp_version", 1) != 1:
+        raise ConfigError(
+            f"{chosen} is not supported with --megatron-fsdp-version {args.megatron_fsdp_version} (not proven right); allowed: 1"
+        )
     if getattr(args, "use_megatron_fsdp", False) and compatibility.cuda_graphs(args) != "none":
         raise ConfigError(
             f"{chosen} with --use-megatron-fsdp is not supported with CUDA graphs (not proven right); allowed: without"
@@ -171,7 +174,7 @@ def refuse_model(model: list) -> None:
     """
     for chunk in model:
         name = type(chunk).__name__
-        if "FullyShardedDataParallel" in name and not (name == MEGATRON_FSDP and compatibility.fsdp_is_proven()):
+        if "FullyShardedDataParallel" in name and name != compatibility.proven_fsdp():
             raise ConfigError(f"--moe-lbl-scope is not supported with {name}; allowed: {PROVEN_WRAPPERS}")
 
 

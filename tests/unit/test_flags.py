@@ -93,13 +93,16 @@ def test_megatron_fsdp_where_it_was_proven(release, monkeypatch):
 
     monkeypatch.setattr(compatibility, "require_supported", lambda: release)
     args = arguments(*GLOBAL, use_megatron_fsdp=True)
-    if release == (0, 19):
+    if release != (0, 18):
         refusals.refuse_arguments(args, Settings.create(scope="global"))
         args.cuda_graph_impl = "local"
         with pytest.raises(ConfigError, match="--use-megatron-fsdp is not supported with CUDA graphs"):
             refusals.refuse_arguments(args, Settings.create(scope="global"))
+        args.megatron_fsdp_version = 2  # an argument since 0.20
+        with pytest.raises(ConfigError, match="not supported with --megatron-fsdp-version 2 .*; allowed: 1"):
+            refusals.refuse_arguments(args, Settings.create(scope="global"))
         return
-    with pytest.raises(ConfigError, match="not supported with --use-megatron-fsdp; allowed: .* Megatron-Core 0.19 "):
+    with pytest.raises(ConfigError, match="not supported with --use-megatron-fsdp; allowed: .* Megatron-Core 0.19 or 0.20 "):
         refusals.refuse_arguments(args, Settings.create(scope="global"))
 
 
