@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -127,7 +126,7 @@ def launch(module: str, arguments: list[str], log_file: Path, processes: int, re
         RunFailedError: if it does not end well.
     """
     launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
-    launcher += ["--master-addr", "127.0.0.1", "--master-port", str(_free_port())]
+    launcher += ["--standalone", "--local-addr", "127.0.0.1"]  # on a port that it finds free
     command = [sys.executable, *launcher, "-m", module, "--cpu", str(SCRIPT), *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "TORCH_CPP_LOG_LEVEL": "ERROR"}
     # The processes of this one machine talk over loopback, whatever the machine's name resolves to.
@@ -152,9 +151,3 @@ def launch(module: str, arguments: list[str], log_file: Path, processes: int, re
             "\n".join(tail) + f"\n\n`-m {module}` ended with exit code {process.returncode}. "
             f"Above: the end of its log. All of it: {log_file}"
         )
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

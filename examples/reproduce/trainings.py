@@ -7,7 +7,6 @@ import os
 import platform
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -53,7 +52,7 @@ class Training:
         python = [sys.executable]
         if ranks > 1:
             python += ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks)]
-            python += ["--master-addr", "127.0.0.1", "--master-port", str(_free_port())]
+            python += ["--standalone", "--local-addr", "127.0.0.1"]  # on a port that it finds free
         mode = ["--cpu"] if self.size == "cpu" else []
         command = [*python, "-m", "megatron_global_lbl", *mode, str(SCRIPT), *self.parts.pop(0)]
         environment = {
@@ -67,7 +66,7 @@ class Training:
             "WORLD_SIZE": "1",
             "LOCAL_RANK": "0",
             "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(_free_port()),
+            "MASTER_PORT": "0",  # any that is free, for one process needs to tell nobody
         }
         # The processes of this one machine talk over loopback, whatever the machine's name resolves to.
         environment.setdefault("GLOO_SOCKET_IFNAME", "lo" if sys.platform == "linux" else "lo0")
@@ -177,12 +176,6 @@ def _versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             found[name] = "a source tree"
     return found
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def _processor() -> str:
