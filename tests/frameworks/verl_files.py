@@ -1,4 +1,4 @@
-"""Writes a tiny Qwen3-MoE with random weights, its tokenizer, and conversations of uneven length. usage: verl_files.py FOLDER"""
+"""Writes a tiny random Qwen3-MoE, its tokenizer, and conversations of uneven length. usage: verl_files.py FOLDER"""
 
 from __future__ import annotations
 
