@@ -42,8 +42,8 @@ EXTRAS = {
     # domains are files of Python, PyTorch and the packages above.
     "demo": ["jupyterlab-language-pack-ru-RU"],
     # pytest-timeout: a hanging rank fails its test instead of the whole run. tensorboard, wandb: what was logged is read back.
-    # pytest-xdist: two tests at a time, since most of them wait for processes that they start. With pytest 9.2 its 3.8 does not keep
-    # groups together (tests/conftest.py), so expensive fixtures are made twice.
+    # pytest-xdist: two tests at a time, since most of them wait for processes that they start. With pytest 9.2 its 3.8 does not
+    # keep groups together (tests/conftest.py), so expensive fixtures are made twice.
     # triton: its interpreter runs the kernels of core/fused without a GPU; PyTorch for the CPU alone does not bring it.
     # setuptools: the packaging test builds with it without a download; PyTorch brings it only on some versions of Python.
     "test": [

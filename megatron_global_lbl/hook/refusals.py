@@ -55,7 +55,8 @@ def refuse_arguments(args: Any, settings: Settings) -> None:
             raise ConfigError(f"{chosen} is not supported with --{name.replace('_', '-')}; allowed: {PROVEN_WRAPPERS}")
     if getattr(args, "use_megatron_fsdp", False) and getattr(args, "megatron_fsdp_version", 1) != 1:
         raise ConfigError(
-            f"{chosen} is not supported with --megatron-fsdp-version {args.megatron_fsdp_version} (not proven right); allowed: 1"
+            f"{chosen} is not supported with --megatron-fsdp-version {args.megatron_fsdp_version} (not proven right); "
+            "allowed: 1"
         )
     if getattr(args, "use_megatron_fsdp", False) and compatibility.cuda_graphs(args) != "none":
         raise ConfigError(
