@@ -2,7 +2,7 @@
 # make test     every test that runs without a GPU, with the pinned Megatron-Core
 # make test-versions   the core of the gradient tests with every other supported Megatron-Core release
 # make test-preview    the same with Megatron-LM's main: MEGATRON_LM_DIR is a git repository of it
-# make test-frameworks   trains with Megatron Bridge and verl, which it installs beside the virtual environment (over a gigabyte)
+# make test-frameworks   trains with Megatron Bridge, ms-swift and verl, which it installs beside the virtual environment (2 GB)
 # make checks   format, lint, types
 # All of them set themselves up: a virtual environment in .venv with the versions of constraints.txt.
 SHELL := /bin/bash
