@@ -35,7 +35,7 @@ demo: $(STAMP)
 	$(BIN)/python examples/demo/run.py --out $(DEMO_OUT)
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -n $(TEST_JOBS) --dist loadgroup --durations 15 tests --ignore tests/slurm
+	$(BIN)/python -m pytest -n $(TEST_JOBS) --dist loadgroup --durations 40 tests --ignore tests/slurm
 	$(BIN)/python -m pytest tests/slurm # alone: their jobs have time limits and ports of the whole machine
 
 test-versions: $(STAMP)
