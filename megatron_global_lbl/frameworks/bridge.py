@@ -9,18 +9,12 @@ It registers at once, and carries through Bridge's checkpoints what outlives a s
 
 from __future__ import annotations
 
-from pathlib import Path
-
-import torch
-import torch.distributed as dist
 from megatron.bridge.training.callbacks import Callback, CallbackContext
 from megatron.bridge.training.utils.checkpoint_utils import get_checkpoint_name
 
 import megatron_global_lbl as lbl
-from megatron_global_lbl.hook.checkpoint import of_all_stages, say
+from megatron_global_lbl.frameworks import beside
 from megatron_global_lbl.settings import Scope
-
-FILE = "moe_lbl.pt"
 
 
 class LoadBalancing(Callback):
@@ -60,18 +54,10 @@ class LoadBalancing(Callback):
             )
         if step == 0 or not checkpoint.load:
             return
-        file = Path(get_checkpoint_name(checkpoint.load, step)) / FILE
-        if file.exists():
-            self.handle.load_state_dict(torch.load(file, weights_only=True), context.model)
-        else:
-            say(f"no {file}: the window and the count of steps start anew")
+        beside.load(self.handle, context.model, get_checkpoint_name(checkpoint.load, step))
 
     def on_checkpoint_save(self, context: CallbackContext) -> None:
         """After a checkpoint was written; every rank gets here."""
-        if not self._outlives_a_step:
-            return
-        state = self.handle.state_dict(context.model)
-        state["layers"] = of_all_stages(state["layers"])
-        if dist.get_rank() == 0:
-            folder = Path(get_checkpoint_name(context.state.cfg.checkpoint.save, context.state.train_state.step))
-            torch.save(state, folder / FILE)
+        if self._outlives_a_step:
+            folder = get_checkpoint_name(context.state.cfg.checkpoint.save, context.state.train_state.step)
+            beside.save(self.handle, context.model, folder)

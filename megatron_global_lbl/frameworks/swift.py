@@ -9,18 +9,13 @@ That is one file more in a checkpoint's folder; a checkpoint without it starts b
 
 from __future__ import annotations
 
-from pathlib import Path
-
-import torch
-import torch.distributed as dist
 from swift.megatron.callbacks import MegatronCallback, megatron_callbacks_map
 
-from megatron_global_lbl.hook.checkpoint import of_all_stages, say
+from megatron_global_lbl.frameworks import beside
 from megatron_global_lbl.registry import active
 from megatron_global_lbl.settings import ConfigError
 
 NAME = "moe_lbl"
-FILE = "moe_lbl.pt"
 
 
 class LoadBalancing(MegatronCallback):
@@ -44,20 +39,12 @@ class LoadBalancing(MegatronCallback):
         """After a checkpoint was loaded; with `--finetune true` its iteration is 0, and there is nothing to continue."""
         args = self.args
         folder = args.mcore_adapter or args.mcore_model or (args.adapters or [args.model])[0]
-        if self.state.iteration == 0 or folder is None:
-            return
-        file = Path(folder) / FILE
-        if file.exists():
-            self.handle.load_state_dict(torch.load(file, weights_only=True), self.trainer.wrapped_models)
-        else:
-            say(f"no {file}: the window and the count of steps start anew")
+        if self.state.iteration != 0 and folder is not None:
+            beside.load(self.handle, self.trainer.wrapped_models, folder)
 
     def on_save(self, output_dir) -> None:
         """After a checkpoint was written or, with `--async_save`, begun; every rank gets here, in the step that is saved."""
-        state = self.handle.state_dict(self.trainer.wrapped_models)
-        state["layers"] = of_all_stages(state["layers"])
-        if dist.get_rank() == 0:
-            torch.save(state, Path(output_dir) / FILE)
+        beside.save(self.handle, self.trainer.wrapped_models, output_dir)
 
 
 megatron_callbacks_map[NAME] = LoadBalancing
