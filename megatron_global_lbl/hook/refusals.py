@@ -38,6 +38,26 @@ def losses(args: Any) -> dict[str, float]:
     return dict(zip(kinds_of(args.moe_router_load_balancing_type), coeffs))
 
 
+def refuse_fsdp(args: Any, chosen: str) -> None:
+    """
+    Raises:
+        ConfigError: the gradients of this sharding were not proven right.
+    """
+    if getattr(args, "use_torch_fsdp2", False):
+        raise ConfigError(f"{chosen} is not supported with --use-torch-fsdp2; allowed: {PROVEN_WRAPPERS}")
+    if not getattr(args, "use_megatron_fsdp", False):
+        return
+    if not compatibility.proven_fsdp():
+        raise ConfigError(f"{chosen} is not supported with --use-megatron-fsdp; allowed: {PROVEN_WRAPPERS}")
+    version = getattr(args, "megatron_fsdp_version", 1)  # an argument since 0.20
+    if version != 1:
+        raise ConfigError(f"{chosen} is not supported with --megatron-fsdp-version {version} (not proven right); allowed: 1")
+    if compatibility.cuda_graphs(args) != "none":
+        raise ConfigError(
+            f"{chosen} with --use-megatron-fsdp is not supported with CUDA graphs (not proven right); allowed: without"
+        )
+
+
 def refuse_arguments(args: Any, settings: Settings) -> None:
     """All that can be told from Megatron's validated arguments.
 
@@ -50,18 +70,7 @@ def refuse_arguments(args: Any, settings: Settings) -> None:
     else:
         refuse_nothing_to_act_on(args, chosen)
     settings.require_group_size_fits(args.data_parallel_size)
-    for name in ("use_megatron_fsdp", "use_torch_fsdp2"):
-        if getattr(args, name, False) and not (name == "use_megatron_fsdp" and compatibility.proven_fsdp()):
-            raise ConfigError(f"{chosen} is not supported with --{name.replace('_', '-')}; allowed: {PROVEN_WRAPPERS}")
-    if getattr(args, "use_megatron_fsdp", False) and getattr(args, "megatron_fsdp_version", 1) != 1:
-        raise ConfigError(
-            f"{chosen} is not supported with --megatron-fsdp-version {args.megatron_fsdp_version} (not proven right); "
-            "allowed: 1"
-        )
-    if getattr(args, "use_megatron_fsdp", False) and compatibility.cuda_graphs(args) != "none":
-        raise ConfigError(
-            f"{chosen} with --use-megatron-fsdp is not supported with CUDA graphs (not proven right); allowed: without"
-        )
+    refuse_fsdp(args, chosen)
     refuse_no_warm_up(args, chosen)
     if compatibility.cuda_graphs(args) != "none":
         needs_python = {  # in every forward
