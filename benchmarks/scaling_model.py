@@ -1,4 +1,4 @@
-"""What the load-balancing losses add to a training step on 8 to 16,384 GPUs: a model, not a measurement.
+"""What the load-balancing losses add to a training step on 64 to 16,384 GPUs: a model, not a measurement.
 
     python benchmarks/scaling_model.py            # the table of docs/scaling.md
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from models import MODELS, ModelSize
@@ -188,6 +189,15 @@ HEAD = [
 ]
 
 
+def compared() -> Iterator[tuple[Training, int]]:
+    """Trainings and numbers of GPUs, a row of the table each."""
+    for training in TRAININGS:
+        for gpus in GPUS:
+            for tokens in TOKENS:
+                if gpus >= training.smallest:
+                    yield dataclasses.replace(training, tokens=tokens), gpus
+
+
 def table() -> str:
     """The Markdown of docs/scaling.md: what the models are, and one table of what losses add to their step."""
     lines = []
@@ -198,11 +208,7 @@ def table() -> str:
             f"{training.micro_batches} micro-batches. {training.source}."
         )
     rows = [HEAD, ["---"] + ["---:"] * (len(HEAD) - 1)]
-    for training in TRAININGS:
-        for gpus in GPUS:
-            for tokens in TOKENS:
-                if gpus >= training.smallest:
-                    rows.append(_row(dataclasses.replace(training, tokens=tokens), gpus))
+    rows += [_row(training, gpus) for training, gpus in compared()]
     return "\n".join([*lines, "", *("| " + " | ".join(row) + " |" for row in rows)])
 
 
