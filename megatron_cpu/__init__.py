@@ -34,12 +34,9 @@ _installed = False
 
 
 def install() -> None:
-    """Make this process run Megatron on the CPU. Call it before anything of Megatron is imported; twice is once."""
+    """Make this process run Megatron on the CPU. Call it before anything of Megatron is imported; a second time only what
+    depends on the environment and the command line is set, to those of then."""
     global _installed
-    if _installed:
-        return
-    _installed = True
-
     # A GPU that is present stays unused; NCCL and CUDA libraries do not even see it.
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     # Megatron's fused functions are `torch.compile`d. Their plain form computes the same, and compiling them for the CPU
@@ -52,6 +49,10 @@ def install() -> None:
 
     from megatron_cpu import cuda, gloo
 
+    cuda.take_place()
+    if _installed:
+        return
+    _installed = True
     cuda.install()
     gloo.install()
 

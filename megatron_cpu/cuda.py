@@ -137,15 +137,24 @@ def _device_properties(device: Any = None) -> SimpleNamespace:
     )
 
 
-class _State:
-    """The device that was set. It only has to come back from `current_device()`."""
+class _Place:
+    """This process among those of the node: the device that is set, and how many there are."""
 
-    device = int(os.environ.get("LOCAL_RANK", "0"))
+    device = 0
+    count = 1
+
+
+def take_place() -> None:
+    """Read the place from LOCAL_RANK and LOCAL_WORLD_SIZE, which are a fork's own."""
+    _Place.device = int(os.environ.get("LOCAL_RANK", "0"))
+    _Place.count = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    # Random numbers: "the CUDA generator" is the CPU's default one, because CPU tensors draw from that.
+    torch.cuda.default_generators = (torch.default_generator,) * _Place.count
 
 
 def _set_device(device: Any) -> None:
     index = device if isinstance(device, int) else torch.device(device).index
-    _State.device = index if index is not None else 0
+    _Place.device = index if index is not None else 0
 
 
 def _nothing(*args: Any, **kwargs: Any) -> None: ...
@@ -159,7 +168,6 @@ def _names() -> dict[str, Any]:
     """Everything in `torch.cuda` that is replaced. One group per question Megatron asks of it."""
     stream = Stream()
     generator = torch.default_generator
-    count = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
     def get_rng_state(device: Any = None) -> Tensor:
         return generator.get_state()
@@ -170,8 +178,8 @@ def _names() -> dict[str, Any]:
     return {
         # Is there a GPU, how many, which one is mine? One per local rank, in their order.
         "is_available": lambda: True,
-        "device_count": lambda: count,
-        "current_device": lambda: _State.device,
+        "device_count": lambda: _Place.count,
+        "current_device": lambda: _Place.device,
         "set_device": _set_device,
         "device": _NullContext,
         "get_device_properties": _device_properties,
@@ -211,12 +219,11 @@ def _names() -> dict[str, Any]:
             ),
             _zero,
         ),
-        # Random numbers: "the CUDA generator" is the CPU's default one, because CPU tensors draw from that.
-        "default_generators": (generator,) * count,
+        # Random numbers.
         "get_rng_state": get_rng_state,
         "set_rng_state": set_rng_state,
-        "get_rng_state_all": lambda: [get_rng_state() for _ in range(count)],
-        "set_rng_state_all": lambda states: set_rng_state(states[_State.device]),
+        "get_rng_state_all": lambda: [get_rng_state() for _ in range(_Place.count)],
+        "set_rng_state_all": lambda states: set_rng_state(states[_Place.device]),
         "manual_seed": lambda seed: generator.manual_seed(seed) and None,
         "manual_seed_all": lambda seed: generator.manual_seed(seed) and None,
         "initial_seed": lambda: generator.initial_seed(),

@@ -14,6 +14,8 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
+from ranks import fork_context
+
 START_SECONDS = 300
 TIMEOUT_SECONDS = 60
 
@@ -37,7 +39,8 @@ class Pool:
         self._workers: list[tuple[Any, Any]] = []
 
     def _start(self) -> None:
-        context = multiprocessing.get_context("spawn")
+        # Forks are there at once; but a process that forks must not have used CUDA.
+        context = fork_context() if self._device == "cpu" else multiprocessing.get_context("spawn")
         for index in range(self._size):
             here, there = context.Pipe()
             process = context.Process(target=_serve, args=(there, self._device, self._backend, index), daemon=True)
@@ -99,11 +102,7 @@ def _serve(pipe, device: str, backend: str, index: int) -> None:
     logging.disable(logging.WARNING)
     warnings.simplefilter("ignore")
     if device == "cpu":
-        # Before anything imports Triton: so that a case can run the kernels (MEGATRON_GLOBAL_LBL_FUSED=1).
-        os.environ["TRITON_INTERPRET"] = "1"
-        import megatron_cpu
-
-        megatron_cpu.install()
+        import preloaded  # noqa: F401
     # Imported here, so that a case's time is its own.
     import megatron.core.distributed
     import megatron.core.transformer.moe.moe_layer  # noqa: F401

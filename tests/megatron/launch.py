@@ -8,6 +8,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import ranks
+
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "examples" / "pretrain_gpt_moe.py"
 TIMEOUT_SECONDS = 300
@@ -52,17 +54,25 @@ def train(
     plugin: bool = True,
     check: bool = True,
     leave_out: tuple[str, ...] = (),
+    by_torchrun: bool = False,
 ) -> Run:
     """Train the tiny model with extra arguments, and without some of its flags that take no value; without the plugin it is
-    Megatron alone in the same CPU mode."""
+    Megatron alone in the same CPU mode. Its ranks are forks (ranks.py) unless it is `by_torchrun`."""
     launcher = ["-m", "megatron_global_lbl", "--cpu"] if plugin else [str(Path(__file__).parent / "without_plugin.py")]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     tiny = [argument for argument in TINY if argument not in leave_out]
-    command += [*launcher, str(SCRIPT), *tiny, "--tensorboard-dir", str(directory / "tensorboard"), *arguments]
+    command = [*launcher, str(SCRIPT), *tiny, "--tensorboard-dir", str(directory / "tensorboard"), *arguments]
+    start = torchrun if by_torchrun else ranks.run
+    returncode, output = start(command, processes, TIMEOUT_SECONDS)
+    if check and returncode:
+        raise AssertionError(f"training failed with {returncode}:\n{output[-6000:]}")
+    return Run(returncode, output, directory)
+
+
+def torchrun(arguments: list[str], processes: int, timeout: float) -> tuple[int, str]:
+    """(exit status, what was printed) of `torchrun` with these arguments."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     result = subprocess.run(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=TIMEOUT_SECONDS, env=environment
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=timeout, env=environment
     )
-    if check and result.returncode:
-        raise AssertionError(f"training failed with {result.returncode}:\n{result.stdout[-6000:]}")
-    return Run(result.returncode, result.stdout, directory)
+    return result.returncode, result.stdout

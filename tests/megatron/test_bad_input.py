@@ -22,7 +22,7 @@ from launch import train
     ],
 )
 def test_refused_before_training(tmp_path, arguments, line):
-    run = train(tmp_path, *arguments, check=False)
+    run = train(tmp_path, *arguments, check=False, by_torchrun=True)
     assert run.returncode != 0
     # Once: rank 0 said it and exited, and torchrun ended the other rank before its 20 seconds were over.
     assert run.output.count(f"megatron_global_lbl: error: {line}\n") == 1, run.output[-3000:]

@@ -9,15 +9,14 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
 import re
-import socket
 import subprocess
 import sys
 from collections import Counter, defaultdict
 from pathlib import Path
 
 import pytest
+import ranks
 
 from megatron_cpu import arguments
 
@@ -74,26 +73,17 @@ class Run:
         return float(re.findall(rf"iteration +{iteration}/.*grad norm: ([0-9.]+)", self.output)[0])
 
 
-def train(ranks: int, *flags: str, iterations: int = 4) -> Run:
-    """Train on `ranks` processes; `flags` are strings of command-line arguments. Fails with the run's last output."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torchrun = f"-m torch.distributed.run --nproc-per-node {ranks} --master-addr 127.0.0.1 --master-port {port}"
-    command = [sys.executable, *torchrun.split(), "-m", "megatron_global_lbl", "--cpu", str(SCRIPT)]
-    command += " ".join([TINY, *flags, f"--train-iters {iterations}"]).split()
-    done = subprocess.run(
-        command,
-        cwd=REPOSITORY,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=500,
-    )
-    # The last lines of the first rank to fail, rather than torchrun's report at the end.
-    output = done.stdout
-    assert done.returncode == 0, output[: output.find("torch/distributed/elastic")][-4000:]
+def train(processes: int, *flags: str, iterations: int = 4) -> Run:
+    """Train on that many processes; `flags` are strings of command-line arguments. Fails with the run's last output."""
+    command = [
+        "-m",
+        "megatron_global_lbl",
+        "--cpu",
+        str(SCRIPT),
+        *" ".join([TINY, *flags, f"--train-iters {iterations}"]).split(),
+    ]
+    status, output = ranks.run(command, processes, timeout=500)
+    assert status == 0, output[-4000:]
     return Run(output)
 
 

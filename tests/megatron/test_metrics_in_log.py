@@ -13,7 +13,7 @@ from launch import train
 from megatron_global_lbl.metrics import read
 
 BLOCK = 32768  # of LevelDB's log
-LAYOUT = ["--pipeline-model-parallel-size", "2", "--expert-model-parallel-size", "2"]
+LAYOUT = ["--pipeline-model-parallel-size", "2", "--expert-model-parallel-size", "2", "--ckpt-format", "torch"]
 
 
 def wandb_rows(directory: Path) -> list[dict[str, float]]:

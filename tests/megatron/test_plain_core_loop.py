@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 
+import ranks
 from launch import ROOT, TIMEOUT_SECONDS
 
 STEPS = 3
@@ -14,16 +12,12 @@ STEPS = 3
 
 def losses(*arguments: str) -> list[tuple[float, float]]:
     """(loss, load-balancing loss) of each step on two ranks."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += ["-m", "megatron_global_lbl", "--cpu", str(ROOT / "examples" / "plain_core_loop.py")]
+    command = ["-m", "megatron_global_lbl", "--cpu", str(ROOT / "examples" / "plain_core_loop.py")]
     command += ["--distributed-backend", "gloo", "--steps", str(STEPS), *arguments]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=TIMEOUT_SECONDS, env=environment
-    )
-    assert result.returncode == 0, result.stdout[-6000:]
-    found = re.findall(r"^step \d+: loss (\S+), load balancing (\S+)$", result.stdout, re.MULTILINE)
-    assert len(found) == STEPS, result.stdout[-6000:]
+    status, output = ranks.run(command, 2, TIMEOUT_SECONDS)
+    assert status == 0, output[-6000:]
+    found = re.findall(r"^step \d+: loss (\S+), load balancing (\S+)$", output, re.MULTILINE)
+    assert len(found) == STEPS, output[-6000:]
     return [(float(loss), float(balance)) for loss, balance in found]
 
 
