@@ -149,7 +149,7 @@ def take_place() -> None:
     _Place.device = int(os.environ.get("LOCAL_RANK", "0"))
     _Place.count = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     # Random numbers: "the CUDA generator" is the CPU's default one, because CPU tensors draw from that.
-    torch.cuda.default_generators = (torch.default_generator,) * _Place.count
+    torch.cuda.default_generators = (torch.default_generator,) * _Place.count  # type: ignore[assignment]
 
 
 def _set_device(device: Any) -> None:

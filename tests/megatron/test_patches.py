@@ -111,7 +111,7 @@ def test_the_launchers_work_on_a_patched_tree(patched, tmp_path):
     """The other way in: one hook and one line all the same. And the measurement on its checkpoint, with a script that has the
     same data for every domain, and test data, too: each domain is evaluated once, and starts from zero."""
     tree, checkpoint = patched("0.17.1"), str(tmp_path / "checkpoint")
-    save = ("--save", checkpoint, "--save-interval", "3")
+    save = ("--save", checkpoint, "--save-interval", "3", "--ckpt-format", "torch")
     assert_trained_with_the_hook(train(tree, tmp_path, "-m", "megatron_global_lbl", "--cpu", more=save), tmp_path)
     (tmp_path / "text.idx").touch()
     domains = (f"a={tmp_path / 'text'}", f"b={tmp_path / 'text'}")
