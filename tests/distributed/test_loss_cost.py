@@ -6,7 +6,11 @@ The GPU's own counts are in tests/gpu/test_router_cost.py, times in benchmarks/r
 
 from __future__ import annotations
 
+from dataclasses import replace
+from unittest import mock
+
 import pytest
+from models import MODELS
 
 SCOPES = ["dp", "global", "window"]
 
@@ -22,7 +26,11 @@ STEPS = [
     ("paper-3.4b-a0.6b", None, 8, 1),
 ]
 
+# What is counted begins at the scores; the product of full size that makes them would take most of the time.
+with_small_hidden = mock.patch.dict(MODELS, {name: replace(size, hidden=64) for name, size in MODELS.items()})
 
+
+@with_small_hidden
 def measure(model: str, losses: list[str], router_dtype: str | None):
     """In a worker. By loss: launches beyond a router without a loss, host waits, collectives, kept (bytes per token, bytes)."""
     import router_cost
@@ -58,6 +66,7 @@ def test_no_more_than_aux_loss(workers, model, router_dtype):
         assert costs[scope][3][0] <= kept[0] and costs[scope][3][1] < kept[1], f"{scope} keeps more than aux_loss: {costs}"
 
 
+@with_small_hidden
 def launches_of_steps(model: str, losses: list[str], router_dtype: str | None, layers: int, micro_batches: int):
     """In a worker. Launches of a whole step by loss, beyond those of routers without a loss."""
     import router_cost
@@ -93,6 +102,7 @@ def test_a_step_launches_less_than_with_aux_loss(workers, model, router_dtype, l
     assert all(costs[scope] < costs["aux_loss"] for scope in SCOPES), costs
 
 
+@with_small_hidden
 def kernels_on_the_logits(model: str):
     """In a worker. By loss: launches of a layer and micro-batch, forward and backward, and kept bytes, beyond those of a router
     without a loss; the kernels' names and traffic (bytes per token and expert)."""
