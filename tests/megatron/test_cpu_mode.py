@@ -179,12 +179,16 @@ def test_not_loaded_unless_asked_for():
 
 
 STAND_IN = """
+import os
 import torch
 import megatron_cpu
 megatron_cpu.install()
 first = torch.cuda.is_available
 megatron_cpu.install()
 assert torch.cuda.is_available is first, "installed twice"
+os.environ.update(LOCAL_RANK="1", LOCAL_WORLD_SIZE="2")  # a fork, which has its own place
+megatron_cpu.install()
+assert (torch.cuda.current_device(), torch.cuda.device_count(), len(torch.cuda.default_generators)) == (1, 2, 2)
 
 for device in ("cuda", "cuda:1", 0, torch.device("cuda", 0), torch.cuda.current_device()):
     assert torch.ones(2, device=device).device.type == "cpu", device
