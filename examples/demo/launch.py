@@ -59,8 +59,17 @@ class RunFiles:
         return self.folder
 
 
-def train(scope: str, size: Size, paths: Paths, files: RunFiles, *, data: Path, on_step: Callable[[Step], None]) -> list[Step]:
-    """Runs one training to its end; `on_step` is called while it runs.
+def train(
+    scope: str,
+    size: Size,
+    paths: Paths,
+    files: RunFiles,
+    *,
+    data: Path,
+    on_step: Callable[[Step], None] = lambda _: None,
+    more: Sequence[str] = (),
+) -> list[Step]:
+    """Runs one training to its end; `on_step` is called while it runs. `more` are further arguments, which win over the others.
 
     Raises:
         RunFailedError: if it does not end well.
@@ -78,7 +87,7 @@ def train(scope: str, size: Size, paths: Paths, files: RunFiles, *, data: Path, 
             steps.append(Step(int(found[1]), float(found[2]), float(found[3])))
             on_step(steps[-1])
 
-    arguments = [*training_arguments(size, paths, data), *save, *plugin]
+    arguments = [*training_arguments(size, paths, data), *save, *plugin, *more]
     launch("megatron_global_lbl", arguments, files.training_log, size.processes, read)
     return steps
 
@@ -90,7 +99,6 @@ def specialise(
     *,
     data: Path,
     on_domain: Callable[[str], None] = lambda _: None,
-    log: Path | None = None,
     more: Sequence[str] = (),
 ) -> None:
     """Measures what the experts of the training's checkpoint specialise in, on held-out text.
@@ -101,7 +109,6 @@ def specialise(
         files: of the training.
         data: the folder of the data.
         on_domain: called with the name of each domain that has been evaluated.
-        log: where Megatron's log goes, if not beside the training's.
         more: further arguments, which win over the others.
 
     Raises:
@@ -116,7 +123,7 @@ def specialise(
     arguments += ["--load", str(files.checkpoint), "--moe-lbl-metrics-dir", str(files.metrics)]
     arguments += ["--moe-lbl-domains", *(f"{name}={path['valid']}" for name, path in paths.items())]
     processes = size.evaluation_processes
-    launch("megatron_global_lbl.specialise", [*arguments, *more], log or files.specialise_log, processes, read)
+    launch("megatron_global_lbl.specialise", [*arguments, *more], files.specialise_log, processes, read)
 
 
 def launch(module: str, arguments: list[str], log_file: Path, processes: int, read: Callable[[str], None]) -> None:

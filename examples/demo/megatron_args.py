@@ -55,8 +55,10 @@ def training_arguments(size: Size, paths: dict[str, dict[str, str]], data: Path)
         --lr 5e-3 --min-lr 5e-4 --lr-decay-style cosine --lr-warmup-iters {max(1, size.steps // 10)}
         --adam-beta2 0.95 --weight-decay 0.1 --clip-grad 1.0
     """
-    # Plain PyTorch: no Transformer Engine, no fused kernels. These flags are right on a GPU too, only slower.
+    # Plain PyTorch: no Transformer Engine, no fused kernels. These flags are right on a GPU too, only slower. The first
+    # checkpoint in Megatron's default format starts a process per rank, which imports Megatron again.
     plain = """
+        --ckpt-format torch
         --transformer-impl local --distributed-backend gloo
         --no-persist-layer-norm --no-gradient-accumulation-fusion --no-bias-swiglu-fusion --no-masked-softmax-fusion
         --no-rope-fusion --no-create-attention-mask-in-dataloader --num-workers 0 --log-interval 1

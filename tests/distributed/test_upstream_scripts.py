@@ -16,6 +16,8 @@ import run_all
 from megatron_global_lbl.command.defects import DEFECTS
 from megatron_global_lbl.hook.versions import release
 
+pytestmark = pytest.mark.xdist_group("test_upstream_scripts")  # one run of all scripts for both tests that read it
+
 
 @pytest.fixture(scope="module")
 def seen(workers, tmp_path_factory):

@@ -62,21 +62,24 @@ def test_pictures_and_report(demo):
 
 
 def test_pipeline_stages_measure_the_same(demo, tmp_path):
-    """A checkpoint of expert parallelism, measured with two pipeline stages: each has one layer, and one has the loss."""
+    """The same training, saved in the format that can be loaded in another layout than its own, expert parallelism: with two
+    pipeline stages each has one layer, and one has the loss."""
     sys.path.insert(0, str(ROOT / "examples"))
     from megatron_global_lbl.specialise.result import read
 
-    from demo.launch import RunFiles, specialise
+    from demo.launch import RunFiles, specialise, train
     from demo.megatron_args import Size
     from demo.prepare import dataset_paths
 
     size = Size(steps=STEPS, valid_sequences=4, processes=2)
-    files = RunFiles(demo[1] / "global")
-    elsewhere = ["--pipeline-model-parallel-size", "2", "--expert-model-parallel-size", "1"]
-    elsewhere += ["--eval-global-batch-size", "1", "--eval-iters", "4", "--moe-lbl-metrics-dir", str(tmp_path)]
     data = demo[1] / "data"
-    specialise(size, dataset_paths(data), files, data=data, log=tmp_path / "log", more=elsewhere)
-    one, two = read(files.metrics), read(tmp_path)
+    paths, files = dataset_paths(data), RunFiles(tmp_path)
+    any_layout = ["--ckpt-format", "torch_dist"]
+    train("global", size, paths, files, data=data, more=any_layout)
+    elsewhere = ["--pipeline-model-parallel-size", "2", "--expert-model-parallel-size", "1"]
+    elsewhere += ["--eval-global-batch-size", "1", "--eval-iters", "4"]
+    specialise(size, paths, files, data=data, more=[*any_layout, *elsewhere])
+    one, two = read(demo[1] / "global"), read(tmp_path)
     assert two.tokens_per_expert == one.tokens_per_expert and two.layers == one.layers == ["0", "1"]
     assert [domain.loss for domain in two.domains] == [pytest.approx(domain.loss, rel=1e-5) for domain in one.domains]
     for here, there in zip(one.experts, two.experts):
