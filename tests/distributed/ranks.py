@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 from contextlib import ExitStack
-from multiprocessing import forkserver
+from multiprocessing import connection, forkserver
 from pathlib import Path
 from unittest import mock
 
@@ -71,7 +71,7 @@ def _wait(ranks: list, deadline: float) -> int:
             return failed[0] if failed else 0
         if time.monotonic() > deadline:
             return 124
-        multiprocessing.connection.wait([process.sentinel for process in ranks if process.exitcode is None], timeout=1)
+        connection.wait([process.sentinel for process in ranks if process.exitcode is None], timeout=1)
 
 
 def _as_a_script(arguments: list[str], environment: dict[str, str], output: str) -> None:
