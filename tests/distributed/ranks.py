@@ -15,7 +15,6 @@ import socket
 import sys
 import tempfile
 import time
-from contextlib import ExitStack
 from multiprocessing import connection, forkserver
 from pathlib import Path
 from unittest import mock
@@ -47,18 +46,20 @@ def run(arguments: list[str], processes: int, timeout: float) -> tuple[int, str]
     world = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(processes)}
     world |= {"LOCAL_WORLD_SIZE": str(processes), "OMP_NUM_THREADS": "1"}
     context = fork_context()
-    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+    with tempfile.TemporaryDirectory() as folder:
         outputs = [Path(folder) / str(rank) for rank in range(processes)]
         ranks = []
-        for rank, output in enumerate(outputs):
-            environment = {**os.environ, **world, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-            process = context.Process(target=_as_a_script, args=(arguments, environment, str(output)))
-            process.start()
-            stack.callback(process.join)
-            stack.callback(process.kill)  # before the join: last in, first out
-            ranks.append(process)
-        status = _wait(ranks, time.monotonic() + timeout)
-        stack.close()
+        try:
+            for rank, output in enumerate(outputs):
+                environment = {**os.environ, **world, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+                process = context.Process(target=_as_a_script, args=(arguments, environment, str(output)))
+                process.start()
+                ranks.append(process)
+            status = _wait(ranks, time.monotonic() + timeout)
+        finally:
+            for process in ranks:
+                process.kill()
+                process.join()
         return status, "".join(output.read_text(errors="replace") for output in outputs if output.exists())
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -68,11 +69,17 @@ def train(
     return Run(returncode, output, directory)
 
 
-def torchrun(arguments: list[str], processes: int, timeout: float) -> tuple[int, str]:
+def torchrun(
+    arguments: list[str], processes: int, timeout: float, environment: Mapping[str, str] = os.environ
+) -> tuple[int, str]:
     """(exit status, what was printed) of `torchrun` with these arguments."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), *arguments]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     result = subprocess.run(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=timeout, env=environment
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=timeout,
+        env={**environment, "OMP_NUM_THREADS": "1"},
     )
     return result.returncode, result.stdout

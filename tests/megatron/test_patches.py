@@ -19,7 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from launch import ROOT, TIMEOUT_SECONDS, TINY
+from launch import ROOT, TIMEOUT_SECONDS, TINY, torchrun
 
 from megatron_global_lbl.command import main
 from megatron_global_lbl.command.insertions import fits, insertions
@@ -77,20 +77,17 @@ def patched(tmp_path_factory) -> Callable[[str], Path]:
 
 def environment(tree: Path) -> dict[str, str]:
     path = [str(tree), *filter(None, [os.environ.get("PYTHONPATH")])]
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(path), "OMP_NUM_THREADS": "1"}
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(path)}
 
 
 def train(tree: Path, directory: Path, *launcher: str, more: tuple[str, ...] = ()) -> str:
     """Three steps on two ranks with the flag; what was printed. Without a launcher: `torchrun SCRIPT ARGS`, in CPU mode."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += launcher or [str(HERE / "without_plugin.py")]
+    command = [*(launcher or [str(HERE / "without_plugin.py")])]
     command += [str(HERE / "patched" / "pretrain_any_release.py"), *TINY, "--train-iters", "3", *FLAG]
     command += ["--moe-lbl-metrics-dir", str(directory), *more]
-    result = subprocess.run(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=TIMEOUT_SECONDS, env=environment(tree)
-    )
-    assert result.returncode == 0, result.stdout[-6000:]
-    return result.stdout
+    status, printed = torchrun(command, 2, TIMEOUT_SECONDS, environment(tree))
+    assert status == 0, printed[-6000:]
+    return printed
 
 
 def assert_trained_with_the_hook(printed: str, directory: Path) -> None:
