@@ -127,7 +127,16 @@ def parse_arguments() -> argparse.Namespace:
         parser.error(f"--budget {args.budget:g}: not allowed; allowed: seconds > 0")
     if (args.out is None) == (args.report is None):
         parser.error("one of --out DIR (run) and --report RESULTS.json (print) is needed")
+    if args.out is not None and not args.cpu and not gpu_is_here():
+        parser.error("--out: PyTorch finds no CUDA device; allowed: a machine with one, or --cpu to try the script out")
     return args
+
+
+def gpu_is_here() -> bool:
+    """Whether stages would find a CUDA device: said once here, not by an error of every stage."""
+    import torch
+
+    return torch.cuda.is_available()
 
 
 def main() -> int:

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
@@ -30,6 +31,7 @@ def stages(tmp_path, monkeypatch):
         (folder / f"stage_{name}.py").write_text(STAGE.replace("{last}", last))
     monkeypatch.setattr(gpu, "ROOT", tmp_path)
     monkeypatch.setattr(gpu, "GRACE", 0)
+    monkeypatch.setattr(gpu, "CPU_FACTOR", 1)
     monkeypatch.setattr(gpu, "LIMITS", {"tests": (1, 1), "gloo": (20, 20), "nccl": (20, 20)})
     return tmp_path
 
@@ -40,7 +42,7 @@ def run(monkeypatch, *arguments) -> int:
 
 
 def test_a_stage_that_does_not_end_well_ends_alone(stages, monkeypatch, capsys):
-    assert run(monkeypatch, "--out", stages / "out") == 1
+    assert run(monkeypatch, "--cpu", "--out", stages / "out") == 1
     results = json.loads((stages / "out" / "results.json").read_text())["stages"]
     assert {name: stage["ended"] for name, stage in results.items()} == {
         "tests": "time limit",
@@ -56,8 +58,8 @@ def test_a_stage_that_does_not_end_well_ends_alone(stages, monkeypatch, capsys):
 
 
 def test_only_what_was_asked_for_and_no_failure(stages, monkeypatch):
-    assert run(monkeypatch, "--out", stages / "out", "--stages", "nccl") == 0
-    assert run(monkeypatch, "--out", stages / "out", "--stages", "nccl", "--budget", "0.001") == 1, "was not begun"
+    assert run(monkeypatch, "--cpu", "--out", stages / "out", "--stages", "nccl") == 0
+    assert run(monkeypatch, "--cpu", "--out", stages / "out", "--stages", "nccl", "--budget", "0.001") == 1, "was not begun"
 
 
 @pytest.mark.parametrize("arguments", [["--stages", "kernel", "--out", "x"], ["--budget", "0", "--out", "x"], []])
@@ -65,3 +67,11 @@ def test_bad_input(arguments, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         run(monkeypatch, *arguments)
     assert "allowed" in capsys.readouterr().err or not arguments
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a CUDA device")
+def test_no_gpu_is_said_once(stages, monkeypatch, capsys):
+    with pytest.raises(SystemExit):
+        run(monkeypatch, "--out", stages / "out")
+    assert "no CUDA device" in capsys.readouterr().err
+    assert not (stages / "out").exists()
