@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 Model = Union["nn.Module", "list[nn.Module]"]
-STATE_FORMAT = 1
+STATE_FORMAT = 2
 
 _active: Handle | None = None
 

@@ -33,7 +33,7 @@ class RouterInfo:
     """A router; all of it fixed for the router's life.
 
     Attributes:
-        key: names the layer within its model: its number in the whole model, "mtp.N" for multi-token prediction.
+        key: names the layer within its model: its number in the whole model, from 0, "mtp.N" for multi-token prediction.
         stage: process group of the pipeline stage (TP x CP x DP).
         model: process group of one data-parallel rank (TP x CP).
         stage_name: names the pipeline stage in files, "pp0" for example.

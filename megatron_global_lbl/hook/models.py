@@ -8,8 +8,13 @@ from torch import nn
 
 
 def layer_key(router: Any) -> str:
-    """Names a layer within its model: its number, or "mtp.N" for multi-token prediction (told apart since 0.17)."""
-    return f"mtp.{router.layer_number}" if getattr(router, "is_mtp_layer", False) else str(router.layer_number)
+    """Names a layer within its model: its number, or "mtp.N" for multi-token prediction (told apart since 0.17).
+
+    Numbers are from 0, as in Megatron's own log (`moe/load_balancing_loss_layer_3`) and its checkpoints (`decoder.layers.3`); a
+    router outside of a model has none and is "None".
+    """
+    number = None if router.layer_number is None else router.layer_number - 1
+    return f"mtp.{number}" if getattr(router, "is_mtp_layer", False) else str(number)
 
 
 def routers_of(model: nn.Module | list[nn.Module]) -> dict[str, nn.Module]:

@@ -12,7 +12,6 @@ from megatron_global_lbl.core.collective import Reduction, gather_objects, gathe
 from megatron_global_lbl.hook import evaluation
 from megatron_global_lbl.hook.evaluation import Domain
 from megatron_global_lbl.hook.experts import MoeLayer
-from megatron_global_lbl.metrics.layer_names import name_of
 from megatron_global_lbl.specialise import similarity
 from megatron_global_lbl.specialise.result import LayerExperts, MeasuredDomain, Specialisation, spread
 
@@ -143,7 +142,7 @@ class Measurement:
             iteration=iteration,
             num_experts=num_experts,
             topk=topk,
-            layers=[name_of(key) for key in keys],
+            layers=keys,
             domains=[
                 MeasuredDomain(domain.name, list(domain.data), sequences, round(routed[d][0][-1]), losses[d])
                 for d, (domain, sequences, _) in enumerate(self._domains)

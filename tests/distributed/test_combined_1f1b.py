@@ -39,5 +39,5 @@ def test_micro_batches_in_f(workers, layers, expected):
     problem = Problem("global", 2, 4, layers=layers, seq=8, batch=1, masks="powers", combined=True)
     for of_rank in workers.run(counted_tokens, 2, problem, COMBINED, {"scope": "global"}):
         for number in range(1, layers + 1):
-            seen = [{m for m in range(4) if tokens // problem.dp >> m & 1} for tokens in of_rank[str(number)]]
+            seen = [{m for m in range(4) if tokens // problem.dp >> m & 1} for tokens in of_rank[str(number - 1)]]
             assert seen[:4] == expected[number - 1] == problem.seen(0, number), f"layer {number}"

@@ -97,5 +97,5 @@ def test_micro_batches_in_f_under_pipeline_parallelism(workers, name, recompute)
     ranks = workers.run(counted_tokens, layout.pp, problem, layout, {"scope": "global"})
     for number in range(1, layers + 1):
         stage, chunk = problem.stage_and_chunk(number)
-        seen = [{m for m in range(4) if tokens >> m & 1} for tokens in ranks[stage][str(number)]]
+        seen = [{m for m in range(4) if tokens >> m & 1} for tokens in ranks[stage][str(number - 1)]]
         assert seen[:4] == expected[stage, chunk], f"layer {number}"

@@ -79,7 +79,7 @@ def test_what_needs_python_in_every_step_is_refused(workers):
     problem = Problem("global", 1, 1, STEPS)
     with pytest.raises(CaseFailed, match="--moe-lbl-start-iter 1 is not supported with CUDA graphs"):
         workers.run(train, 1, problem, Layout(), {"scope": "global", "start_iter": 1})
-    with pytest.raises(CaseFailed, match="layer 1 runs for the first time while a CUDA graph is captured; allowed: .*warmup"):
+    with pytest.raises(CaseFailed, match="layer 0 runs for the first time while a CUDA graph is captured; allowed: .*warmup"):
         workers.run(train, 1, problem, Layout(), {"scope": "global"}, None, {}, 0)
 
 
