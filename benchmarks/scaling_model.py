@@ -33,8 +33,9 @@ TOKENS = [4096, 1024, 256]  # per GPU and micro-batch: a sequence of 4096, or wh
 BACKWARD_OVER_FORWARD = 2.0  # two matrix products per forward one; no recompute
 AFTER_ROUTER = 0.5  # assumed share of a layer's time behind its router: its experts (attention is before it)
 
-COUNTS_BYTES = 8  # int64, Megatron's global_aux_loss and ours alike
-EXTRA_COUNTS = 2  # ours: valid tokens and micro-batches beside the E counts
+UPSTREAM_BYTES = 8  # per expert: Megatron's global_aux_loss sends int64
+BYTES = 4  # per expert: dp and global send int32
+WINDOW_BYTES = 8  # window sends int64 per expert, and the number of micro-batches
 
 
 @dataclass(frozen=True)
@@ -163,9 +164,9 @@ class Added:
 def added(training: Training, gpus: int, slowdown: float) -> Added:
     """The model for one training on `gpus` GPUs; TP = CP = 1, so the data-parallel size is gpus / pipeline."""
     ranks, layers = gpus // training.pipeline, training.moe_layers_per_stage
-    upstream = all_reduce(ranks, training.size.experts * COUNTS_BYTES, slowdown)
-    ours = all_reduce(ranks, (training.size.experts + EXTRA_COUNTS) * COUNTS_BYTES, slowdown)
-    packed = all_reduce(ranks, layers * (training.size.experts + EXTRA_COUNTS) * COUNTS_BYTES, slowdown)
+    upstream = all_reduce(ranks, training.size.experts * UPSTREAM_BYTES, slowdown)
+    ours = all_reduce(ranks, training.size.experts * BYTES, slowdown)
+    packed = all_reduce(ranks, layers * (training.size.experts + 1) * WINDOW_BYTES, slowdown)
     return Added(
         ours,
         # Its all-reduce stands in the forward of every layer of every micro-batch.

@@ -22,9 +22,10 @@
 #   VOCAB_SIZE         size of the vocabulary of the mock data [32000]
 #   RUN_DIR            checkpoints (saved, and resumed from) and TensorBoard files go there [none: nothing is written];
 #                      with more than one node on a file system that all of them share, and so LBL_METRICS_DIR
+#   LBL_METRICS_DIR    --moe-lbl-metrics-dir; empty: no record of the balance [RUN_DIR/balance, none without RUN_DIR]
 #   SAVE_INTERVAL      steps between checkpoints [500]
 #   LBL_SCOPE          --moe-lbl-scope: micro, dp, global or window [global]
-#   LBL_WINDOW_STEPS LBL_GROUP_SIZE LBL_METRICS_DIR    --moe-lbl-window-steps, -group-size, -metrics-dir [the plugin's]
+#   LBL_WINDOW_STEPS LBL_GROUP_SIZE    --moe-lbl-window-steps, --moe-lbl-group-size [the plugin's]
 #   GPUS_PER_NODE      processes on this node [what SLURM gave, else 8; CPU=1: 4 in all]
 #   NNODES NODE_RANK MASTER_ADDR MASTER_PORT           for more than one node: start this on each [1 0 localhost 29500]
 set -euo pipefail
@@ -150,6 +151,7 @@ if [[ -n ${RUN_DIR:-} ]]; then
   checkpoints=$RUN_DIR/checkpoints
   output=(--save "$checkpoints" --load "$checkpoints" --save-interval "${SAVE_INTERVAL:-500}")
   output+=(--tensorboard-dir "$RUN_DIR/tensorboard" --tensorboard-log-interval 1)
+  LBL_METRICS_DIR=${LBL_METRICS_DIR-$RUN_DIR/balance}
 fi
 
 case ${LBL_SCOPE:=global} in

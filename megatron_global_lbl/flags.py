@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from megatron_global_lbl import registry
+from megatron_global_lbl.hook.versions import UnsupportedMegatron
 from megatron_global_lbl.settings import DEFAULT_WINDOW_STEPS, ConfigError, Detail, Scope, Settings
 
 GROUP = "mixture-of-experts load-balancing loss"
@@ -111,7 +112,7 @@ def activate(args: argparse.Namespace) -> registry.Handle | None:
             refusals.refuse_arguments(args, settings)
         known = registry.active()
         handle = registry.register(**{name: getattr(settings, name) for name in Settings.__dataclass_fields__})
-    except (ConfigError, ImportError) as error:
+    except (ConfigError, UnsupportedMegatron) as error:
         raise end_run(str(error)) from None
     for name in Settings.__dataclass_fields__:  # what later readers of the arguments see: checked values
         value = getattr(settings, name)

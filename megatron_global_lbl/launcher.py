@@ -38,9 +38,10 @@ def run(argv: list[str], usage: str, add_arguments: Callable, activate: Callable
 
         megatron_cpu.install()
     from megatron_global_lbl.hook import arguments
+    from megatron_global_lbl.hook.versions import UnsupportedMegatron
 
     try:
         arguments.install(add_arguments, activate, prepare)
-    except ImportError as error:
+    except UnsupportedMegatron as error:  # an error of its imports keeps its traceback
         raise SystemExit(f"megatron_global_lbl: error: {error}") from None
     runpy.run_path(str(script), run_name="__main__")

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Union
 
@@ -51,34 +51,39 @@ class Handle:
             self._metrics = Metrics(settings, versions, current_iteration, pipeline_group)
         self._engine = Engine(settings, current_iteration, self._metrics)
         self._patches = Patches()
+        self._stop_waiting: list[Callable[[], None]] = []
         try:
             if settings.metrics_dir is not None:
                 self._directory = RecordDirectory(settings.metrics_dir)
             self._install()
         except BaseException:
+            self._let_go()
             self._patches.restore()
-            self._release_directory()
             raise
 
-    def _release_directory(self) -> None:
+    def _let_go(self) -> None:
+        for stop in self._stop_waiting:
+            stop()
         if self._directory is not None:
             self._directory.release()
 
     def _install(self) -> None:
         if self.settings.scope is Scope.MICRO and self._metrics is None:
             return  # Megatron as it is
-        from megatron_global_lbl.hook import checkpoint, recomputation, rerun, router, step, training_log, versions
+        from megatron_global_lbl.hook import checkpoint, imports, recomputation, rerun, router, step, training_log, versions
 
         versions.say_preview()
 
         for hook in (router, recomputation, step, rerun):
             hook.install(self._patches, self._engine)
-        # Megatron-Core can be used without the training loop whose checkpoints carry the window; see `state_dict`.
-        if self.settings.scope is Scope.WINDOW and "megatron.training" in sys.modules:
-            checkpoint.install(self._patches, self._engine)
-        if self._metrics is not None and training_log.TRAINING in sys.modules:
-            training_log.install(self._patches, self._metrics.log)
-            self._metrics.is_in_log = True
+        # Megatron-Core can be used without the training loop, whose checkpoints carry the window (else see `state_dict`) and
+        # whose log shows the metrics; and a script may import that loop after it has registered.
+        if self.settings.scope is Scope.WINDOW:
+            save = functools.partial(checkpoint.install, self._patches, self._engine)
+            self._stop_waiting.append(imports.when_imported(checkpoint.CHECKPOINTING, save))
+        if self._metrics is not None:
+            show = functools.partial(training_log.install, self._patches, self._metrics)
+            self._stop_waiting.append(imports.when_imported(training_log.TRAINING, show))
 
     @property
     def hooked(self) -> list[str]:
@@ -97,7 +102,7 @@ class Handle:
         global _active
         if _active is self:
             _active = None
-        self._release_directory()
+        self._let_go()
         try:
             self._engine.close()
         finally:

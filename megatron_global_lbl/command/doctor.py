@@ -71,7 +71,10 @@ def _environment() -> list[str]:
         *_entry("Python", f"{platform.python_version()}, {sys.executable}"),
     ]
     if importlib.util.find_spec("torch") is None:
-        return [*lines, *_entry("PyTorch", "NOT FOUND: everything but `megatron-lbl patch` needs it")]
+        return [
+            *lines,
+            *_entry("PyTorch", "NOT FOUND: training needs it; `megatron-lbl patch`, `report`, `watch` and `specialise` do not"),
+        ]
     import torch
 
     from megatron_global_lbl.registry import loss_path_on_gpu

@@ -79,7 +79,10 @@ class CountedForward(AwaitedBackward):
             self._micro = self._start(counts_E.clone() if copy_E is None else copy_E, layer.table.group.model)
 
     def _start(self, counts_E: Tensor, group: torch.distributed.ProcessGroup) -> Reduction:
-        return Reduction(counts_E, group, blocking=self._blocking, whole_graph=self.layer.table.whole_graph)
+        reduction = Reduction(counts_E, group, blocking=self._blocking, whole_graph=self.layer.table.whole_graph)
+        if not is_capturing(counts_E):  # a graph waits for its own
+            self.layer.under_way.append(reduction)
+        return reduction
 
     @staticmethod
     def add_to_step(layer: Layer, counts_E: Tensor) -> None:
@@ -123,8 +126,6 @@ class Dp(CountedForward):
     def __init__(self, layer: Layer, counts_E: Tensor, in_scope: bool, copy_E: Tensor | None = None) -> None:
         super().__init__(layer, counts_E, in_scope, copy_E)
         self._summed = self._start(counts_E, layer.table.group.counted)
-        if not is_capturing(counts_E):
-            layer.started.append(self._summed)
 
     def observe(self, score_sums_E: Tensor) -> None:
         self._score_sums_E = score_sums_E  # f, which they are multiplied with, is known in the backward
@@ -143,7 +144,7 @@ class Global(CountedForward):
     def __init__(self, layer: Layer, counts_E: Tensor, in_scope: bool, copy_E: Tensor | None = None) -> None:
         super().__init__(layer, counts_E, in_scope, copy_E)
         self._summed = self._start(counts_E, layer.table.group.counted)
-        layer.started.append(self._summed)
+        layer.uncounted.append(self._summed)
         if is_capturing(counts_E) and not layer.table.whole_graph.is_open:
             layer.counts_of_step()
 

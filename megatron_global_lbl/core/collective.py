@@ -40,6 +40,7 @@ class Reduction:
         """
         self._buffer = buffer
         self._work: dist.Work | None = None
+        self._was_waited_for = False
         if group is not None and group.size() > 1:
             self._work = dist.all_reduce(buffer, group=group, async_op=True)
             if blocking:
@@ -55,7 +56,13 @@ class Reduction:
         """The sum over the group. On NCCL the current stream waits, not the host; every stream that reads it has to."""
         if self._work is not None:
             self._work.wait()
+        self._was_waited_for = True
         return self._buffer
+
+    def settle(self) -> None:
+        """Wait, unless somebody has."""
+        if not self._was_waited_for:
+            self.wait()
 
     def join(self) -> None:
         """Wait for the last time: the CUDA graph that is being captured will not be waited for."""

@@ -76,7 +76,7 @@ class Engine:
     @property
     def may_have_counted(self) -> bool:
         """The same, or a CUDA graph may have been replayed, which runs no Python."""
-        return any(layer.ran or layer.captured for layer in self._layers_of(None))
+        return any(layer.may_have_counted for layer in self._layers_of(None))
 
     @property
     def loss_paths(self) -> dict[str, str]:
@@ -227,7 +227,7 @@ class Engine:
         Raises:
             ConfigError: no step's end is ever found, without which scope `window` and `--moe-lbl-start-iter` do nothing.
         """
-        left = [layer for layer in self._layers_of(routers) if layer.ran or layer.captured]
+        left = [layer for layer in self._layers_of(routers) if layer.may_have_counted]
         if not left:
             return
         # A step can fail, and a warm-up is not ended. Two in a row are a loop whose step ends are not seen.
@@ -243,7 +243,7 @@ class Engine:
 
     def discard(self, routers: Routers | None = None) -> None:
         """Forget what was counted since the last step's end: no optimizer step follows it. None: of all routers."""
-        self._drop([layer for layer in self._layers_of(routers) if layer.ran])
+        self._drop([layer for layer in self._layers_of(routers) if layer.may_have_counted])
 
     @contextmanager
     def whole_step(self) -> Iterator[None]:
@@ -262,8 +262,7 @@ class Engine:
             ConfigError: the step's routers had no auxiliary loss to act on, or forwards that were counted were not trained on;
                 or a CUDA graph is being captured, whose replays would not end the step.
         """
-        # A replayed CUDA graph counts without Python.
-        ended = [layer for layer in self._layers_of(routers) if layer.ran or layer.captured]
+        ended = [layer for layer in self._layers_of(routers) if layer.may_have_counted]
         for layer in ended:
             if is_capturing(layer.counts_C):
                 raise ConfigError(
@@ -316,6 +315,8 @@ class Engine:
         for table in self._tables:
             table.settle()
             table.removed = True
+        if self._record is not None:
+            self._record.settle()
         _held_by_graphs.extend(table for table in self._tables if any(layer.captured for layer in table.layers))
 
     def state(self, routers: Mapping[str, nn.Module] | None) -> dict[str, dict]:
@@ -387,11 +388,14 @@ class Engine:
     def _forget_models_that_are_gone(self) -> None:
         """Ranks collect them at different times: so only tables that no layer will join and no step's end will ask for."""
         alive = set(self._layers.values())
-        self._tables = [
+        gone = [
             table
             for table in self._tables
-            if table.takes_more or any(layer in alive or layer.ran or layer.captured for layer in table.layers)
+            if not table.takes_more and not any(layer in alive or layer.may_have_counted for layer in table.layers)
         ]
+        self._tables = [table for table in self._tables if table not in gone]
+        if self._record is not None:
+            self._record.forget([layer for table in gone for layer in table.layers])
 
     def _drop(self, layers: list[Layer]) -> None:
         for table in self._tables:

@@ -33,6 +33,7 @@ class Layer:
         kind: of the loss that was replaced in this step; None if none was.
         path: how the last forward's loss was computed: "fused: ..." or "plain: why"; empty if it had none of ours.
         captured: a CUDA graph holds a forward, whose replays run no Python.
+        may_have_counted: something may have been counted since the last step's end, in Python or in a replay.
         dropped: how often the counts of an unfinished step were dropped.
         steps: completed optimizer steps.
         unfinished: steps in a row that were begun and not ended.
@@ -46,7 +47,8 @@ class Layer:
         self.info, self.captured, self.steps, self.dropped, self.unfinished = info, False, 0, 0, 0
         self.kind: str | None = None
         self.path = ""
-        self.started: list[Reduction] = []
+        self.under_way: list[Reduction] = []  # that this step has started
+        self.uncounted: list[Reduction] = []  # of these what the step's counts do not hold yet
         self._new_step()
         table.add(self)
 
@@ -56,27 +58,32 @@ class Layer:
         self.counts_C, self.score_sums_E = table.counts_LC[row], table.score_sums_LE[row]
         self.ticket = table.tickets_L[row]
 
+    @property
+    def may_have_counted(self) -> bool:
+        return self.ran or self.captured
+
     def counts_of_step(self) -> Tensor:
         """[C] over the step's micro-batches whose forward has run; waits for what is still under way."""
-        for reduction in self.started:
+        for reduction in self.uncounted:
             self.counts_C[:-1].add_(reduction.wait())
-        self.started.clear()
+        self.uncounted.clear()
         return self.counts_C
 
     def take_pending(self) -> Tensor | None:
         """[E] int32 that the caller adds to the step's counts on the device, after which these hold every forward that has run;
         None if they do already. Adds the rest if there is more, as in the first backward of a pipeline stage."""
-        if not self.started:
+        if not self.uncounted:
             return None
-        last = self.started.pop()
+        last = self.uncounted.pop()
         self.counts_of_step()
         return last.wait()
 
     def settle(self) -> None:
         """Leave no reduction under way."""
-        for reduction in self.started:
-            reduction.wait()
-        self.started.clear()
+        for reduction in self.under_way:
+            reduction.settle()
+        self.under_way.clear()
+        self.uncounted.clear()
 
     def end_step(self) -> None:
         """The step's counts have been used; the table zeroes them."""

@@ -90,3 +90,9 @@ class Record(Protocol):
 
     def repeat_step(self, layers: list[Layer]) -> None:
         """The step of these layers that ended last is run again."""
+
+    def forget(self, layers: list[Layer]) -> None:
+        """These layers are gone, and what is not told of them yet is the last. Ranks say it at different times."""
+
+    def settle(self) -> None:
+        """Leave no reduction under way."""

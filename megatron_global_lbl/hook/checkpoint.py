@@ -69,7 +69,7 @@ def install(patches: Patches, engine: Engine) -> None:
                     saved = _from_bytes(state_dict[ENTRY])
                     model = [chunk for reference in last_unwrapped if (chunk := reference()) is not None]
                     engine.load(saved, routers_of(model))
-                    steps = max((len(layer["counts"]) for layer in saved.values()), default=0)
+                    steps = max((len(layer.get("counts", ())) for layer in saved.values()), default=0)
                     say(f"window continues with {min(steps, engine.settings.window_steps)} steps from the checkpoint")
                 else:
                     say("the checkpoint holds no window: it starts anew (f is uniform in the first step)")

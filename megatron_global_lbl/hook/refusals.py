@@ -174,10 +174,11 @@ def refuse_checkpoint_format(name: str, chosen: str) -> None:
         raise ConfigError(f"{chosen} cannot be saved with --ckpt-format {name}; allowed: {allowed} (or no --save)")
 
 
-def refuse_model(model: list) -> None:
+def refuse_model(model: list, chosen: str) -> None:
     """
     Args:
         model: the wrapped model chunks that `finalize_model_grads` was given.
+        chosen: `asked_for`.
 
     Raises:
         ConfigError: they are wrapped in something whose gradient reduction was not proven right.
@@ -185,7 +186,7 @@ def refuse_model(model: list) -> None:
     for chunk in model:
         name = type(chunk).__name__
         if "FullyShardedDataParallel" in name and name != compatibility.proven_fsdp():
-            raise ConfigError(f"--moe-lbl-scope is not supported with {name}; allowed: {PROVEN_WRAPPERS}")
+            raise ConfigError(f"{chosen} is not supported with {name}; allowed: {PROVEN_WRAPPERS}")
 
 
 def refuse_replaced_symbols(lost: list[str]) -> None:

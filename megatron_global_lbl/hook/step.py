@@ -49,7 +49,7 @@ def install(patches: Patches, engine: Engine) -> None:
 
     def wrap_end(original):
         def allreduce_non_tensor_model_parallel_grads(model, *args, **kwargs):
-            refusals.refuse_model(model)
+            refusals.refuse_model(model, refusals.asked_for(engine.settings))
             if engine.whole_graph.is_open:
                 engine.whole_graph.join()
             else:

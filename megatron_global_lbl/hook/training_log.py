@@ -7,7 +7,7 @@ given to the writers that Megatron has on the last rank, and put among the losse
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from typing import Protocol
 
 import torch
 
@@ -17,13 +17,21 @@ TRAINING = "megatron.training.training"
 IN_LINE = ("lbl_global", "lbl_micro", "max_vio", "max_vio_worst", "max_vio_worst_layer", "entropy", "dead", "balance_sequences")
 
 
-def install(patches: Patches, close_interval: Callable[[int, int], dict[str, float]]) -> None:
-    """Let every log interval end with its metrics.
+class Shown(Protocol):
+    """What the log shows.
 
-    Args:
-        patches: of the registration.
-        close_interval: takes the log interval and the iteration that ends it, gives numbers by key; a collective.
+    Attributes:
+        is_in_log: set once the log tells it of every interval's end.
     """
+
+    is_in_log: bool
+
+    def log(self, log_interval: int, iteration: int) -> dict[str, float]:
+        """A log interval ends, with this 1-based iteration; numbers by key. A collective."""
+
+
+def install(patches: Patches, metrics: Shown) -> None:
+    """Let every log interval end with its metrics."""
 
     def wrap(original):
         signature = inspect.signature(original)
@@ -34,7 +42,7 @@ def install(patches: Patches, close_interval: Callable[[int, int], dict[str, flo
             arguments = signature.bind(*args, **kwargs).arguments
             iteration, log_interval = arguments["iteration"], global_vars.get_args().log_interval
             if iteration % log_interval == 0:
-                values = close_interval(log_interval, iteration)
+                values = metrics.log(log_interval, iteration)
                 _write(values, iteration)
                 _put_in_line(values, arguments["total_loss_dict"], bool(arguments["skipped_iter"]))
             return original(*args, **kwargs)
@@ -42,6 +50,7 @@ def install(patches: Patches, close_interval: Callable[[int, int], dict[str, flo
         return training_log
 
     patches.wrap(TRAINING, "training_log", wrap)
+    metrics.is_in_log = True
 
 
 def _write(values: dict[str, float], iteration: int) -> None:

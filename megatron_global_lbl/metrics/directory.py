@@ -13,11 +13,9 @@ from megatron_global_lbl.metrics.lock import Lock
 from megatron_global_lbl.settings import ConfigError, flag
 
 
-def _rank() -> int | None:
-    """None before anybody knows: processes that were started by hand, and not initialised yet."""
-    if dist.is_initialized():
-        return dist.get_rank()
-    return int(os.environ["RANK"]) if "RANK" in os.environ else None
+def _rank() -> int:
+    """Without RANK 0, as Megatron has it: of several processes without it, not initialised yet, only one gets the lock."""
+    return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", "0"))
 
 
 class RecordDirectory:
@@ -39,6 +37,7 @@ class RecordDirectory:
                 for path in sorted(Path(directory).glob("*.balance")):
                     scan(path)
         except OSError as error:
+            self.release()
             reason = error.strerror or str(error)
             raise ConfigError(f"{name}: {reason}; allowed: a directory that can be written, one for each training") from None
         except RecordError as error:

@@ -85,6 +85,11 @@ class Interval:
             self.sequences -= self._step.sequences
             self._step = None
 
+    def settle(self) -> None:
+        """Leave no reduction under way."""
+        if self._step is not None:
+            self._step.of_micro_batches.settle()
+
     def close(self) -> np.ndarray:
         """[L, S] float64 sums over the stage's data-parallel ranks; the next interval begins. Waits for the device.
 

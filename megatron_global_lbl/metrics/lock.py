@@ -47,6 +47,7 @@ class Lock:
     def release(self) -> None:
         """Let others have it; doing it again changes nothing."""
         if self._descriptor is not None:
+            os.ftruncate(self._descriptor, 0)  # nobody holds it: for file systems without locks
             os.close(self._descriptor)
             self._descriptor = None
 

@@ -64,6 +64,9 @@ class Metrics:
         self._started = time.time()
         self._observed: dict[Layer, list[Observed]] = {}
         self._models: dict[tuple[Layer, ...], Interval] = {}
+        self._numbers: dict[tuple[Layer, ...], int] = {}  # from 1, in the order in which their steps ended first
+        self._met = 0
+        self._gone: set[Layer] = set()
         self._writers: dict[int, Writer] = {}
         self._alarms: dict[int, AlarmLog] = {}
         self._iteration = 0
@@ -99,7 +102,8 @@ class Metrics:
         for kind in {(layer.info.num_experts, layer.info.topk, layer.table.group.stage): None for layer in observed}:
             alike = tuple(x for x in observed if (x.info.num_experts, x.info.topk, x.table.group.stage) == kind)
             if alike not in self._models:
-                self._models[alike] = Interval(alike)
+                self._met += 1
+                self._models[alike], self._numbers[alike] = Interval(alike), self._met
             self._models[alike].add_step([observed[layer] for layer in alike])
         if self._settings.metrics_dir is not None and not (self.is_in_log and self._clock() is not None):
             self._latest = self._close(self._iteration, 1) or self._latest
@@ -109,6 +113,24 @@ class Metrics:
         for model, interval in self._models.items():
             if any(layer in layers for layer in model):
                 interval.take_back()
+
+    def forget(self, layers: list[Layer]) -> None:
+        """These layers are gone. An interval that has begun is still told: to end it is a collective."""
+        self._gone.update(layers)
+        self._forget_what_is_told()
+
+    def _forget_what_is_told(self) -> None:
+        for model in [model for model, interval in self._models.items() if not interval.steps and self._gone.issuperset(model)]:
+            del self._models[model]
+            number = self._numbers.pop(model)
+            self._writers.pop(number, None)
+            self._alarms.pop(number, None)
+            self._gone.difference_update(model)
+
+    def settle(self) -> None:
+        """Leave no reduction under way."""
+        for interval in self._models.values():
+            interval.settle()
 
     def log(self, log_interval: int, iteration: int) -> dict[str, float]:
         """A log interval of Megatron's training loop ends, with this 1-based iteration; what its log shows. On all ranks."""
@@ -123,9 +145,10 @@ class Metrics:
     def _close(self, iteration: int, log_interval: int | None) -> dict[int, _Closed]:
         """By the model's number; the record is written."""
         closed = {}
-        for number, (layers, interval) in enumerate(self._models.items(), start=1):
+        for layers, interval in self._models.items():
             if not interval.steps:
                 continue
+            number = self._numbers[layers]
             steps, forwards, sequences = interval.steps, interval.forwards, interval.sequences
             info, experts = layers[0].info, layers[0].info.num_experts
             sums_LS = interval.close()
@@ -161,6 +184,7 @@ class Metrics:
                 }
                 self._write(number, layers, about, interval_values)
                 self._warn(number, layers, about, interval_values)
+        self._forget_what_is_told()
         return closed
 
     def _part_of_interval(self, layer: Layer, steps: int, forwards: int, iteration: int) -> float:

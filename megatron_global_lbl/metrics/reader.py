@@ -137,11 +137,14 @@ def read(directory: str | Path, *, scans: dict[Path, Scan] | None = None) -> lis
         by_model.setdefault(model, []).extend((path, segment) for segment in found.segments)
     runs = []
     for model, segments in by_model.items():
+        segments = [entry for entry in segments if len(entry[1].frames)]  # a header alone says nothing yet
         if segments:
             name = directory.resolve().name + (f" {model}" if len(by_model) > 1 else "")
             runs.append(_merged(name, directory, segments, notes.get(model, [])))
     if not runs:
-        raise RecordError(f"{directory}: holds no balance record" + (", only empty files" if paths else " (no *.balance)"))
+        raise RecordError(
+            f"{directory}: holds no balance record" + (", only files without an interval" if paths else " (no *.balance)")
+        )
     return runs
 
 

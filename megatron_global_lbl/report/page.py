@@ -61,7 +61,8 @@ def write_report(directories: Sequence[str | Path], out: str | Path | None = Non
     out = Path(directories[0]) / "report" if out is None else Path(out)
     measured = _measured(runs)
     with styled():
-        sections = [_section(run, label, found) for run, label, found in zip(runs, labels(runs), measured)]
+        names = labels(runs)
+        sections = [_section(*of_run) for of_run in zip(runs, names, slugs(names), measured)]
         compared = _comparison(list(zip([section.label for section in sections], runs))) if len(runs) > 1 else []
     html = _template().render(
         sections=sections,
@@ -89,12 +90,12 @@ def _measured(runs: list[Run]) -> list[Specialisation | None]:
     return found
 
 
-def _section(run: Run, label: str, measured: Specialisation | None) -> Section:
+def _section(run: Run, label: str, slug: str, measured: Specialisation | None) -> Section:
     pictures = [curves.lbl(run), curves.max_vio(run), loads.max_vio(run) if len(run.layers) > 1 else None]
     pictures += [curves.entropy(run), curves.uncertainty(run), curves.dead(run)]
     return Section(
         label,
-        _slug(label),
+        slug,
         facts.summary(run),
         facts.figures(run),
         alarms(run),
@@ -126,8 +127,17 @@ def labels(runs: list[Run]) -> list[str]:
     return [name if names.count(name) == 1 else f"{name} ({i})" for i, name in enumerate(names, 1)]
 
 
-def _slug(label: str) -> str:
-    return re.sub(r"[^A-Za-z0-9.-]+", "-", label).strip("-.") or "run"
+def slugs(labels: list[str]) -> list[str]:
+    """The labels as parts of file names, which differ, too."""
+    found: list[str] = []
+    for label in labels:
+        slug = plain = re.sub(r"[^A-Za-z0-9.-]+", "-", label).strip("-.") or "run"
+        number = 1
+        while slug in found:
+            number += 1
+            slug = f"{plain}-{number}"
+        found.append(slug)
+    return found
 
 
 def _files(sections: list[Section], compared: list[Picture]) -> Iterator[tuple[str, bytes]]:

@@ -55,7 +55,7 @@ def train_captured(problem: Problem, register: dict, on_gpu: bool = False, fused
         forward_graph, backward_graph = make(), make()
         with forward_graph:
             probs = forward()
-        assert not any(layer.started for layer in handle._engine._layers.values()), "left the capture without its wait"
+        assert not any(layer.uncounted for layer in handle._engine._layers.values()), "left the capture without its wait"
         with backward_graph:
             gradient = backward(probs)
         forget_uncounted()
@@ -65,6 +65,12 @@ def train_captured(problem: Problem, register: dict, on_gpu: bool = False, fused
             if step == 1:  # a step that fails after its first micro-batch
                 forward_graph.replay()
                 backward_graph.replay()
+            if step == 2:  # the same in a loop without DDP
+                forward_graph.replay()
+                handle.discard_step()
+                assert not any(layer.counts_C.any() for layer in handle._engine._layers.values()), (
+                    "counts of a step that failed"
+                )
             wrapped.zero_grad_buffer()
             total = torch.zeros_like(gradient)
             for m in range(problem.micro_batches):

@@ -149,3 +149,31 @@ def two_steps(a, handle):
 def test_a_model_without_auxiliary_loss_alone(workers, scope):
     spec = Spec(Problem(scope, 2, 2, 2, coeff=0.0), extra=NO_LOSS)
     check(workers, two_steps, spec, register={"scope": scope}, refused="has nothing to act on")
+
+
+def built_anew(_):
+    """In a worker. Models that come and go under one registration: what of them is kept, and what their metrics are called."""
+    import gc
+
+    import harness
+    from layout import Layout
+    from megatron.core import parallel_state
+
+    import megatron_global_lbl as lbl
+
+    kept, keys = [], []
+    with lbl.registered(scope="global", metrics="brief") as handle:
+        for _ in range(3):
+            harness._train(Problem("global", 1, 2, 1), Layout(), {})
+            parallel_state.destroy_model_parallel()
+            gc.collect()
+            kept.append((len(handle._engine._tables), len(handle._metrics._models)))
+            keys.append({key.removesuffix("max_vio") for key in handle.metrics() if key.endswith("max_vio")})
+    return kept, keys
+
+
+def test_a_model_that_is_gone_is_forgotten(workers):
+    """At the first forward of the next: until then its last interval is to be told."""
+    ((kept, keys),) = workers.run(built_anew, 1, None)
+    assert kept == [(1, 1)] * 3
+    assert keys == [{"moe-lbl/"}, {"moe-lbl/model2/"}, {"moe-lbl/model3/"}]

@@ -6,6 +6,7 @@ from collections import Counter
 
 import harness
 import pytest
+import several
 from layout import Layout
 from truth import Problem
 
@@ -47,13 +48,37 @@ def test_blocking_waits_on_the_spot(workers, scope):
 
 
 def test_metrics_wait_for_nothing_until_they_are_asked_for(workers):
-    """Over data-parallel ranks; what TP x CP ranks sum at a step's end is waited for at the next."""
+    """Over data-parallel ranks; what TP x CP ranks sum at a step's end is waited for at the next, or by `Handle.remove`."""
     counts = of_the_loss(workers, {"scope": "global", "metrics": "detailed"})
     assert counts == {("forward", "backward"): LAYERS * MICRO_BATCHES * STEPS}
     problem = Problem("global", 1, MICRO_BATCHES, STEPS, layers=LAYERS)
     layout = Layout(tp=2)
     both = [workers.run(reduced, 2, problem, layout, {"scope": "global", **more}, {}) for more in ({}, {"metrics": "brief"})]
-    assert both[1][0] - both[0][0] == {("step end", "step end"): STEPS - 1, ("step end", None): 1}
+    assert both[1][0] - both[0][0] == {("step end", "step end"): STEPS}
+
+
+def left_under_way(problem, layout, register):
+    """In a worker. A forward whose step never comes, before the registration is removed."""
+    from latency import Latency
+
+    latency = Latency()
+
+    def script(a, handle):
+        a.begin()
+        latency.in_forward = True
+        a.forward(0)
+        latency.in_forward = False
+
+    with latency.installed():
+        several.run(script, (several.Spec(problem),), layout, register, True, ())
+    return Counter((entry.started, entry.waited) for entry in latency.reduced)
+
+
+def test_nothing_is_left_under_way(workers):
+    """Over TP x CP for the share of a micro-batch loss, and over the stage."""
+    problem = Problem("global", 1, 1, 1, layers=LAYERS, micro_coeff=0.003)
+    for counts in workers.run(left_under_way, 2, problem, Layout(tp=2), {"scope": "global", "micro_coeff": 0.003}):
+        assert counts == {("forward", "step end"): 2 * LAYERS}
 
 
 def test_window_has_one_collective_per_step(workers):

@@ -64,6 +64,36 @@ print("all held")
     assert result.stdout.endswith("all held\n"), result.stderr
 
 
+def test_a_training_loop_that_is_imported_later():
+    """`register` first, then `from megatron.training import pretrain`: the same places in the end, and none after the undo."""
+    result = python(
+        """
+import sys
+import megatron_global_lbl as lbl
+def waiting():
+    return [finder for finder in sys.meta_path if type(finder).__module__ == "megatron_global_lbl.hook.imports"]
+arguments = {"scope": "window", "metrics": "brief"}
+lbl.register(**arguments).remove()
+assert not waiting()
+handle = lbl.register(**arguments)
+before = set(handle.hooked)
+assert len(waiting()) == 2 and not any(path.startswith("megatron.training.") for path in before)
+import megatron.training
+from megatron.training import checkpointing, training
+late = set(handle.hooked)
+assert not waiting() and checkpointing.__loader__ is checkpointing.__spec__.loader
+assert type(checkpointing.__loader__) is type(megatron.training.__loader__)
+assert handle._metrics.is_in_log
+handle.remove()
+assert training.training_log.__module__ == "megatron.training.training" and not hasattr(training.training_log, "__wrapped__")
+handle = lbl.register(**arguments)
+assert set(handle.hooked) == late and len(late - before) == 4, late - before
+print("all held")
+"""
+    )
+    assert result.stdout.endswith("all held\n"), result.stderr
+
+
 def test_remove_leaves_to_others_what_they_replaced_since():
     result = python(
         SYMBOLS
@@ -105,6 +135,26 @@ def test_missing_symbol_is_named(tmp_path):
     last = result.stderr.strip().splitlines()[-1]
     assert "megatron.core.transformer.moe.router.TopKRouter.routing is not where it should be" in last
     assert "0.19.2" in last and "0.14 to 0.19" in last
+
+
+def test_what_a_module_of_megatron_needs_is_named(tmp_path):
+    """And not the module: it is where it should be."""
+    path = fake_megatron(tmp_path, "0.19.2")
+    moe = tmp_path / "megatron" / "core" / "transformer" / "moe"
+    moe.mkdir(parents=True)
+    (moe / "router.py").write_text("import not_there\n")
+    result = python(REGISTER, path)
+    assert result.stderr.strip().splitlines()[-1] == "ModuleNotFoundError: No module named 'not_there'"
+
+
+def test_the_launcher_shows_where_a_library_fails(tmp_path):
+    path = fake_megatron(tmp_path, "0.19.2")
+    (tmp_path / "megatron" / "training").mkdir()
+    (tmp_path / "megatron" / "training" / "arguments.py").write_text("raise ImportError('libcudart.so.12: no such file')\n")
+    (tmp_path / "script.py").write_text("")
+    launch = f"import sys; from megatron_global_lbl.__main__ import main; main([{str(tmp_path / 'script.py')!r}])"
+    result = python(launch, path)
+    assert "arguments.py" in result.stderr and result.stderr.strip().endswith("ImportError: libcudart.so.12: no such file")
 
 
 def test_no_megatron_at_all(tmp_path):

@@ -67,7 +67,6 @@ def test_sweep_is_one_training_per_setting(cluster, tmp_path):
         "dp-4": ["--moe-lbl-scope", "dp", "--moe-lbl-group-size", "4"],
         "dp": ["--moe-lbl-scope", "dp"],
         "global": ["--moe-lbl-scope", "global"],
-        "window-16": ["--moe-lbl-scope", "window", "--moe-lbl-window-steps", "16"],
     }
     output = f"--output={tmp_path}/%a.out"
     run = f"{tmp_path}/run"

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 
-from megatron_global_lbl.metrics import METRICS, RecordError, read
-from megatron_global_lbl.metrics.lock import Lock, Locked
+from megatron_global_lbl.metrics import METRICS, RecordError, directory, read
+from megatron_global_lbl.metrics.lock import LOCK, Lock, Locked
 from megatron_global_lbl.metrics.writer import Writer
+from megatron_global_lbl.settings import ConfigError
 
 E = 4
 
@@ -174,4 +176,19 @@ def test_one_training_at_a_time(tmp_path):
     lock = Lock(tmp_path)  # a process that was killed holds nothing
     lock.release()
     lock.release()
+    assert (tmp_path / LOCK).read_text() == "", "for file systems without locks: nobody holds it"
     Lock(tmp_path).release()
+
+
+def test_a_directory_that_was_refused_is_let_go(tmp_path, monkeypatch):
+    """Without RANK a process counts as rank 0, as in Megatron: it is this one that would write."""
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setattr(directory, "scan", lambda path: (_ for _ in ()).throw(OSError("the disk fails")))
+    (tmp_path / "model1.pp0.balance").touch()
+    with pytest.raises(ConfigError, match="the disk fails; allowed"):
+        directory.RecordDirectory(str(tmp_path))
+    assert (tmp_path / LOCK).read_text() == ""
+    monkeypatch.undo()
+    held = directory.RecordDirectory(str(tmp_path))
+    assert f'"process": {os.getpid()}' in (tmp_path / LOCK).read_text()
+    held.release()

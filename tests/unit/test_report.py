@@ -106,6 +106,7 @@ def test_labels_differ():
     runs = [SimpleNamespace(directory=Path("/x/a"), name=name) for name in ("a model1", "a model2")]
     assert page.labels(runs) == ["a model1", "a model2"]
     assert page.labels(runs[:1] * 2) == ["a model1 (1)", "a model1 (2)"]
+    assert page.slugs(["run 1", "run-1", "run/1", "run-1-2"]) == ["run-1", "run-1-2", "run-1-3", "run-1-2-2"]
 
 
 def test_text_has_contrast(report):
@@ -141,7 +142,13 @@ def empty(directory: Path) -> None:
         file.unlink()
 
 
-@pytest.mark.parametrize("harm", [broken, foreign, loads_broken, empty])
+def header_alone(directory: Path) -> None:
+    """A disk that is full, or a kill, between the header and the first interval."""
+    for file in directory.glob("*.balance"):
+        file.write_bytes(frames.packed_header(frames.scan(file).segments[0].header))
+
+
+@pytest.mark.parametrize("harm", [broken, foreign, loads_broken, empty, header_alone])
 @pytest.mark.parametrize("command", ["report", "watch"])
 def test_a_record_that_cannot_be_read(tmp_path, capsys, command, harm):
     """One line with the file and the place, status 2."""
@@ -150,7 +157,7 @@ def test_a_record_that_cannot_be_read(tmp_path, capsys, command, harm):
     assert main([command, str(directory), *(["--once"] if command == "watch" else [])]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"megatron-lbl {command}: error: {directory}")
-    assert "byte" in line if harm is not empty else "no balance record" in line
+    assert "byte" in line if harm not in (empty, header_alone) else "no balance record" in line
 
 
 @pytest.mark.parametrize("command", ["report", "watch"])
@@ -265,5 +272,5 @@ def test_without_the_extra(tmp_path, command, module):
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert result.returncode == 2
     assert result.stderr == (
-        f"megatron-lbl {command}: error: {module} not installed; pip install megatron_global_lbl[report]\n"
+        f"megatron-lbl {command}: error: {module} not installed; pip install '.[report]' in the plugin's source tree\n"
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -95,6 +96,16 @@ def test_only_the_hook_and_the_commands_know_megatron():
     for module in knows:
         names = {name for name in imported(trees[module], set(trees), for_types=True) if name.split(".")[0] == "megatron"}
         assert room(module) == "hook" or all(name.startswith(f"megatron.{module.split('.')[-1]}.") for name in names), module
+
+
+def test_a_rooms_docstring_names_its_files():
+    for name in ("core", "hook"):
+        room_of_files = ROOT / PACKAGE / name
+        listed = re.findall(
+            r"^(\w+)  ", ast.get_docstring(ast.parse((room_of_files / "__init__.py").read_text())), re.MULTILINE
+        )
+        there = {path.stem for path in room_of_files.iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()}
+        assert sorted(listed) == sorted(there - {"__init__"})
 
 
 def test_one_place_issues_collectives():
