@@ -69,6 +69,7 @@ class CountedForward(AwaitedBackward):
             copy_E: the same in other memory, if there is one already.
         """
         super().__init__(layer)
+        layer.forwards += 1
         settings = layer.table.settings
         self.in_scope = in_scope
         self._blocking = settings.sync is Sync.BLOCKING

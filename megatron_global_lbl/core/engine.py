@@ -275,6 +275,8 @@ class Engine:
                     "backward; allowed: forwards that are not trained on under torch.no_grad() or after model.eval(), and a "
                     "model's step end after all its backwards"
                 )
+        if routers is not None:  # of one model
+            self._refuse_uneven_forwards(ended)
         if not any(layer.info.acts for layer in ended):
             self._refuse_nothing_to_act_on(routers)
         if not ended:
@@ -413,6 +415,21 @@ class Engine:
             )
         if self._record is not None:
             self._record.refuse_capture()
+
+    def _refuse_uneven_forwards(self, layers: list[Layer]) -> None:
+        """A layer that runs only where the data wants it: its reductions meet those of another layer on another rank."""
+        if self.settings.scope not in (Scope.DP, Scope.GLOBAL):
+            return
+        by_number = {
+            layer.forwards // layer.info.applications: layer for layer in layers if layer.forwards and not layer.captured
+        }
+        if len(by_number) > 1:
+            few, many = min(by_number), max(by_number)
+            raise ConfigError(
+                f"in this step MoE layer {by_number[few].info.key} ran {few} times, and {by_number[many].info.key} of the same "
+                f"model {many} times; allowed with --moe-lbl-scope {self.settings.scope.value}: models whose MoE layers all run in "
+                "every micro-batch, on every rank in the same order, in which their counts are summed; others with scope window"
+            )
 
     def _refuse_nothing_to_act_on(self, routers: Routers | None) -> None:
         """A model without a loss may stand beside one with, whose first step is still to come: so not at its first end."""

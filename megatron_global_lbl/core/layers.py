@@ -30,6 +30,7 @@ class Layer:
         ran: a forward has run since the last step's end.
         awaited: forwards that were counted and whose backward has not run.
         trained: a backward has run since the last step's end.
+        forwards: that were counted in Python since the last step's end.
         kind: of the loss that was replaced in this step; None if none was.
         path: how the last forward's loss was computed: "fused: ..." or "plain: why"; empty if it had none of ours.
         captured: a CUDA graph holds a forward, whose replays run no Python.
@@ -98,7 +99,7 @@ class Layer:
 
     def _new_step(self) -> None:
         self.ran = self.trained = False
-        self.awaited = 0
+        self.awaited = self.forwards = 0
         if not self.captured:  # a replay tells nothing, so what the capture told holds
             self.kind = None
 

@@ -6,6 +6,9 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from megatron_global_lbl.hook import compatibility
 from megatron_global_lbl.hook.log import KEYS
 from megatron_global_lbl.settings import ConfigError, Scope, Settings, flag
@@ -58,6 +61,54 @@ def refuse_fsdp(args: Any, chosen: str) -> None:
         )
 
 
+def refuse_config(config: Any, chosen: str) -> None:
+    """
+    Args:
+        config: a TransformerConfig, or Megatron's arguments, which name these fields alike.
+        chosen: `asked_for`.
+
+    Raises:
+        ConfigError: routers do not run once per micro-batch, alike on all ranks.
+    """
+    if getattr(config, "hybrid_context_parallel", False):
+        raise ConfigError(
+            f"{chosen} is not supported with --hybrid-context-parallel, under which ranks run their routers unequally often; "
+            "allowed: without"
+        )
+    chunks = getattr(config, "mlp_chunks_for_training", 1)  # since 0.18
+    if chunks > 1:
+        raise ConfigError(
+            f"{chosen} is not supported with --mlp-chunks-for-training {chunks}, which runs each router {chunks} times per "
+            "micro-batch; allowed: 1"
+        )
+
+
+def refuse_repeated_experts(selection: Tensor, padding_mask: Tensor | None, topk: int, chosen: str) -> None:
+    """For routing replay, whose indices come from elsewhere: the number of tokens is that of the selections over top-k.
+
+    Args:
+        selection: [T, E] bool.
+        padding_mask: [T] bool, True for padding, or None.
+        topk: experts per token.
+        chosen: `asked_for`.
+
+    Raises:
+        ConfigError: a valid token selects fewer than top-k experts. On a GPU the assertion ends the process, without a host
+            synchronisation.
+    """
+    whole_T = selection.sum(dim=1) == topk
+    if padding_mask is not None:
+        whole_T = whole_T | padding_mask
+    message = (
+        f"{chosen}: the replayed routing gives a token fewer than --moe-router-topk {topk} experts (repeated indices, padding "
+        "for example); allowed: a padding mask for such tokens, or --calculate-per-token-loss"
+    )
+    if selection.is_cuda:
+        torch._assert_async(whole_T.all(), message)
+    elif not whole_T.all():
+        raise ConfigError(message)
+
+
 def refuse_arguments(args: Any, settings: Settings) -> None:
     """All that can be told from Megatron's validated arguments.
 
@@ -70,6 +121,7 @@ def refuse_arguments(args: Any, settings: Settings) -> None:
     else:
         refuse_nothing_to_act_on(args, chosen)
     settings.require_group_size_fits(args.data_parallel_size)
+    refuse_config(args, chosen)
     refuse_fsdp(args, chosen)
     refuse_no_warm_up(args, chosen)
     if compatibility.cuda_graphs(args) != "none":

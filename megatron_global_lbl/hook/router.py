@@ -37,6 +37,7 @@ def install(patches: Patches, engine: Engine) -> None:
     """Let every `TopKRouter` of this process report to `engine`."""
     forwards: list[RouterForward] = []
     takeover = log.Takeover(engine.settings)
+    chosen = refusals.asked_for(engine.settings)
 
     def wrap_routing(original):
         def routing(self, logits, padding_mask=None, **kwargs):
@@ -53,6 +54,9 @@ def install(patches: Patches, engine: Engine) -> None:
             finally:
                 forwards.pop()
             mask = None if padding_mask is None else padding_mask.reshape(-1)
+            replays = getattr(self, "router_replay", None) is not None  # since 0.16
+            if replays and forward.replaces and not self.config.calculate_per_token_loss:
+                refusals.refuse_repeated_experts(forward.selection, mask, self.topk, chosen)
             return engine.finish(forward, probs=probs, padding_mask=mask), routing_map
 
         return routing
@@ -65,7 +69,7 @@ def install(patches: Patches, engine: Engine) -> None:
         if engine.was_trained(router) and _gradient_is_gone(router):
             engine.begin_step([router])
         loss = _loss(router)
-        forward = engine.begin(router, lambda: _info(router), loss)
+        forward = engine.begin(router, lambda: _info(router, chosen), loss)
         if forward is not None and forward.replaces and loss is not None:
             takeover.say(loss.kind, forward.layer.info)
         return forward
@@ -174,9 +178,14 @@ def _applications(router) -> int:
     return (is_mtp and getattr(config, "mtp_use_repeated_layer", False) and config.mtp_num_layers) or 1
 
 
-def _info(router) -> RouterInfo:
-    """What the engine needs to know of a router."""
+def _info(router, chosen: str) -> RouterInfo:
+    """What the engine needs to know of a router.
+
+    Raises:
+        ConfigError: its configuration is one that `chosen` cannot be right with.
+    """
     config = router.config
+    refusals.refuse_config(config, chosen)
     stage, model = compatibility.process_groups(router)
     num_layers = config.num_layers + (config.mtp_num_layers or 0)
     number = router.layer_number  # None in a layer outside of a model, which Megatron does not log

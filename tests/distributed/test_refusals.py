@@ -5,6 +5,7 @@ from __future__ import annotations
 import harness
 import pytest
 from layout import Layout
+from several import check
 from truth import Problem, inputs
 from workers import CaseFailed
 
@@ -56,7 +57,7 @@ def recomputed_by_pytorch(problem, layout, register):
 
 def test_recomputation_that_is_not_megatrons(workers):
     problem = Problem("global", 1, 2)
-    with pytest.raises(CaseFailed, match="layer 2 runs inside a backward, but .* not counted.*--recompute-granularity full"):
+    with pytest.raises(CaseFailed, match="layer 1 runs inside a backward, but .* not counted.*--recompute-granularity full"):
         workers.run(recomputed_by_pytorch, 1, problem, Layout(recompute="full"), {"scope": "global"})
 
 
@@ -65,6 +66,29 @@ def test_both_losses_in_one_list(workers):
     both = {"load_balancing_type": ["aux_loss", "global_aux_loss"], "aux_loss_coeff": [0.01, 0.01]}
     with pytest.raises(CaseFailed, match="aux_loss global_aux_loss: which of them it should act on is ambiguous; allowed"):
         workers.run(harness.run, 1, problem, Layout(), {"scope": "global"}, both)
+
+
+def test_routers_that_run_several_times_per_micro_batch(workers):
+    """As the flag does before training, for whoever has no flags; a field since 0.18."""
+    with pytest.raises(CaseFailed, match="--moe-lbl-scope global is not supported with --mlp-chunks-for-training 2"):
+        workers.run(harness.run, 1, Problem("global", 1, 1), Layout(), {"scope": "global"}, {"mlp_chunks_for_training": 2})
+
+
+def last_layer_in_some_micro_batches(a, handle):
+    a.step()
+    a.begin()
+    a.micro_batch(0)
+    blocks = a.toy.blocks
+    a.toy.blocks = blocks[:1]
+    a.micro_batch(1)
+    a.toy.blocks = blocks
+    a.end()
+
+
+@pytest.mark.parametrize("scope", ["dp", "global"])
+def test_a_layer_that_runs_where_the_data_wants_it(workers, scope):
+    refused = "MoE layer 1 ran 1 times, and 0 of the same model 2 times; allowed with --moe-lbl-scope"
+    check(workers, last_layer_in_some_micro_batches, Problem(scope, 2, 2, 1), refused=refused)
 
 
 def fully_sharded(problem, layout, register):

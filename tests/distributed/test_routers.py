@@ -23,6 +23,65 @@ def test_scores_and_expert_bias(workers, scope, score, bias):
     check(workers, Problem(scope, 2, 2, 2, score=score, bias=bias))
 
 
+def replayed(scope: str, repeated: int, per_token: bool) -> float:
+    """In a worker. Replays a routing, in which the last tokens' rows repeat one expert; the gradient's relative error."""
+    from megatron.core import parallel_state
+    from megatron.core.transformer import TransformerConfig
+    from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler, get_default_pg_collection
+    from megatron.core.transformer.moe.router import TopKRouter
+    from megatron.core.transformer.moe.router_replay import RouterReplay, RouterReplayAction
+
+    import megatron_global_lbl as lbl
+
+    parallel_state.initialize_model_parallel()
+    MoEAuxLossAutoScaler.set_loss_scale(torch.ones(1))
+    E, topk, T, coeff = 8, 4, 32, 0.02
+    generator = torch.Generator().manual_seed(0)
+    config = TransformerConfig(
+        num_layers=1,
+        hidden_size=16,
+        num_attention_heads=4,
+        num_moe_experts=E,
+        moe_router_topk=topk,
+        moe_router_load_balancing_type="aux_loss",
+        moe_aux_loss_coeff=coeff,
+        use_cpu_initialization=True,
+        add_bias_linear=False,
+        moe_enable_routing_replay=True,
+        calculate_per_token_loss=per_token,
+    )
+    with lbl.registered(scope=scope):
+        router = TopKRouter(config=config, pg_collection=get_default_pg_collection()).train()
+        router.set_layer_number(1)
+        router.weight.data.normal_(0, 0.5, generator=generator)
+        hidden = torch.randn(T, 1, 16, generator=generator)
+        indices_TK = torch.randn(T, E, generator=generator).topk(topk).indices
+        indices_TK[T - repeated :] = 0
+        RouterReplay.set_replay_data([indices_TK])
+        RouterReplay.set_global_router_replay_action(RouterReplayAction.REPLAY_FORWARD)
+        try:
+            router(hidden)[0].sum().mul(0).backward()
+        finally:
+            RouterReplay.clear_global_router_replay_instances()
+        lbl.end_step()
+    weight = router.weight.detach().double().requires_grad_()
+    scores_TE = (hidden[:, 0].double() @ weight.T).softmax(-1)
+    counts_E = torch.zeros(T, E, dtype=torch.float64).scatter(1, indices_TK, 1.0).sum(0)
+    # With per-token loss p is not divided here: `finalize_model_grads` divides it.
+    (coeff * E * (counts_E / counts_E.sum() * scores_TE.sum(0) / (1 if per_token else T)).sum()).backward()
+    return float((router.weight.grad.double() - weight.grad).norm() / weight.grad.norm())
+
+
+@pytest.mark.parametrize("scope", ["dp", "global"])
+def test_replayed_routing(workers, scope):
+    """Rows that repeat an expert select fewer than top-k, so the counts do not tell how many tokens p is a mean over."""
+    for repeated, per_token in ((0, False), (8, True)):
+        (error,) = workers.run(replayed, 1, scope, repeated, per_token)
+        assert error < 1e-5
+    with pytest.raises(CaseFailed, match="gives a token fewer than --moe-router-topk 4 experts .* allowed: a padding mask"):
+        workers.run(replayed, 1, scope, 8, False)
+
+
 @pytest.mark.parametrize("pre_softmax", [False, True])
 @pytest.mark.parametrize("router_dtype", ["fp32", "fp64"])
 def test_router_dtype_and_softmax_before_or_after(workers, router_dtype, pre_softmax):

@@ -54,6 +54,8 @@ GLOBAL = ("--moe-lbl-scope", "global")
             arguments(*GLOBAL, "--moe-lbl-metrics", "brief", cuda_graph_impl="local"),
             "--moe-lbl-metrics brief is not supported with CUDA graphs; allowed: without",
         ),
+        (arguments(*GLOBAL, hybrid_context_parallel=True), "not supported with --hybrid-context-parallel"),
+        (arguments(*GLOBAL, mlp_chunks_for_training=4), "--mlp-chunks-for-training 4, which runs each router 4 times"),
         (arguments(*GLOBAL, use_torch_fsdp2=True), "not supported with --use-torch-fsdp2; allowed: Megatron's DDP"),
         (
             arguments(*GLOBAL, cuda_graph_impl="full_iteration", cuda_graph_warmup_steps=0),
