@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from megatron_global_lbl import registry
+from megatron_global_lbl.hook.arguments import data_parallel_size
 from megatron_global_lbl.hook.versions import UnsupportedMegatron
 from megatron_global_lbl.settings import DEFAULT_WINDOW_STEPS, ConfigError, Detail, Scope, Settings
 
@@ -158,13 +159,14 @@ def end_run(error: str) -> SystemExit:
 
 def describe(args: argparse.Namespace, settings: Settings) -> list[str]:
     """The effective setting in words: scope, Balance BSZ in sequences, and what changes by it."""
-    ranks = settings.group_size or args.data_parallel_size
-    micro_batches = args.global_batch_size // (args.micro_batch_size * args.data_parallel_size)
+    all_ranks = data_parallel_size(args)
+    ranks = settings.group_size or all_ranks
+    micro_batches = args.global_batch_size // (args.micro_batch_size * all_ranks)
     factors = [(args.micro_batch_size, "")]
     if settings.scope in (Scope.GLOBAL, Scope.WINDOW):
         factors.insert(0, (micro_batches, "micro-batches"))
     if settings.scope is not Scope.MICRO:
-        of_all = f" of {args.data_parallel_size}" if settings.group_size else ""
+        of_all = f" of {all_ranks}" if settings.group_size else ""
         factors.insert(0, (ranks, f"dp ranks{of_all}"))
     if settings.window_steps:
         factors.append((settings.window_steps, "steps" if settings.window_steps > 1 else "step"))

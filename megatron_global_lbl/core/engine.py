@@ -427,8 +427,9 @@ class Engine:
             few, many = min(by_number), max(by_number)
             raise ConfigError(
                 f"in this step MoE layer {by_number[few].info.key} ran {few} times, and {by_number[many].info.key} of the same "
-                f"model {many} times; allowed with --moe-lbl-scope {self.settings.scope.value}: models whose MoE layers all run in "
-                "every micro-batch, on every rank in the same order, in which their counts are summed; others with scope window"
+                f"model {many} times; allowed with --moe-lbl-scope {self.settings.scope.value}: models whose MoE layers all "
+                "run in every micro-batch, on every rank in the same order, which is how their counts are summed; scope window "
+                "takes others"
             )
 
     def _refuse_nothing_to_act_on(self, routers: Routers | None) -> None:

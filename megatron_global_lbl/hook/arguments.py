@@ -11,6 +11,7 @@ import importlib
 import sys
 from collections.abc import Callable
 from types import ModuleType
+from typing import Any
 
 from megatron_global_lbl.hook.versions import SUPPORTED, UnsupportedMegatron, installed_version, require_supported
 
@@ -62,6 +63,12 @@ def install(add_arguments: Callable, activate: Callable, prepare: Callable | Non
         if isinstance(module, ModuleType) and module.__name__.startswith("megatron."):
             if vars(module).get("validate_args") is original_validate:
                 vars(module)["validate_args"] = validate_args
+
+
+def data_parallel_size(args: Any) -> int:
+    """Data-parallel ranks of Megatron's validated arguments: with sharded weights (`--tensor-parallel-num-weight-shards`, 0.19)
+    `args.data_parallel_size` is the number of replicas, each of which is trained on that many micro-batches at a time."""
+    return args.data_parallel_size * getattr(args, "gtp_weight_remat_size", 1)
 
 
 def _mend_help(parser: argparse.ArgumentParser) -> None:

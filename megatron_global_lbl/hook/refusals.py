@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from megatron_global_lbl.hook import compatibility
+from megatron_global_lbl.hook.arguments import data_parallel_size
 from megatron_global_lbl.hook.log import KEYS
 from megatron_global_lbl.settings import ConfigError, Scope, Settings, flag
 
@@ -120,7 +121,7 @@ def refuse_arguments(args: Any, settings: Settings) -> None:
         refuse_nothing_to_see(args, chosen)
     else:
         refuse_nothing_to_act_on(args, chosen)
-    settings.require_group_size_fits(args.data_parallel_size)
+    settings.require_group_size_fits(data_parallel_size(args))
     refuse_config(args, chosen)
     refuse_fsdp(args, chosen)
     refuse_no_warm_up(args, chosen)

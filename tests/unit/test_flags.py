@@ -5,6 +5,7 @@ import argparse
 import pytest
 
 from megatron_global_lbl import flags
+from megatron_global_lbl.hook import refusals
 from megatron_global_lbl.settings import ConfigError, Settings
 
 
@@ -122,6 +123,9 @@ def test_describes_the_balance_batch(command_line, line):
     args = arguments(*command_line)
     settings = Settings.create(**{name: getattr(args, f"moe_lbl_{name}") for name in Settings.__dataclass_fields__})
     assert line in flags.describe(args, settings)[0]
+    args.data_parallel_size, args.gtp_weight_remat_size = 4, 2  # the same ranks, weights sharded over pairs
+    refusals.refuse_arguments(args, settings)
+    assert line in flags.describe(args, settings)[0]
 
 
 @pytest.mark.parametrize(
@@ -131,6 +135,7 @@ def test_describes_the_balance_batch(command_line, line):
         (("--moe-lbl-scope", "dp", "--moe-lbl-group-size", "1"), {}, "scope global counts"),
         (GLOBAL, {"data_parallel_size": 1, "global_batch_size": 8}, "more micro-batches or ranks count"),
         (("--moe-lbl-scope", "dp"), {"data_parallel_size": 2}, None),
+        (("--moe-lbl-scope", "dp"), {"data_parallel_size": 1, "gtp_weight_remat_size": 2}, None),
         (GLOBAL, {"data_parallel_size": 1}, None),
         (("--moe-lbl-scope", "window"), {"data_parallel_size": 1, "global_batch_size": 8}, None),
         ((), {"data_parallel_size": 1, "global_batch_size": 8}, None),
