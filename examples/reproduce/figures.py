@@ -14,7 +14,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from reproduce import experiments, tables
 from reproduce.experiments import ALPHAS, FEW, GLOBAL, MICRO, changed
-from reproduce.results import Results, difference, read
+from reproduce.results import Results, difference, read, swing
 from reproduce.settings import Setting
 
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "reproduction.md"
@@ -132,7 +132,7 @@ def delay(results: Results) -> Any:
         runs = list(results[setting].values())
         if runs:
             middle.plot([mean(step) for step in zip(*(run["max_vio_first"] for run in runs))], color=colour, label=name)
-            correlations = [run["autocorrelation"] for run in runs if run["autocorrelation"]]
+            correlations = [correlation for run in runs if (correlation := swing(run))]
             if correlations:
                 right.plot(
                     range(1, len(correlations[0]) + 1), [mean(lag) for lag in zip(*correlations)], color=colour, label=name

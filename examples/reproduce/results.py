@@ -42,6 +42,16 @@ class Results:
         return (result for runs in self._by_setting.values() for _, result in sorted(runs.items()))
 
 
+def swing(result: Result) -> list[float]:
+    """Autocorrelation of an expert's load at lags of 1, 2, ... steps, of means over two steps in a row; empty if not measured.
+
+    Megatron's blend goes round the domains, so two steps of half as many sequences as there are domains see different ones, and
+    the load jumps to and fro with period 2 whatever the loss does. The mean over two steps has none of that.
+    """
+    plain = [1.0, *result["autocorrelation"]]
+    return [(plain[d - 1] + 2 * plain[d] + plain[d + 1]) / (2 + 2 * plain[1]) for d in range(1, len(plain) - 1)]
+
+
 def read(folder: Path) -> Results:
     """Every result under a folder: one file per run, or gathered. The newer of two of one run is what a folder has alone.
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from reproduce import experiments
 from reproduce.experiments import ALPHAS, FEW, GLOBAL, MICRO, changed
-from reproduce.results import Results, average, difference, machine
+from reproduce.results import Results, average, difference, machine, swing
 from reproduce.settings import Setting
 
 
@@ -128,9 +128,9 @@ def _swing(results: Results, setting: Setting) -> str:
     """The lowest autocorrelation and its lag."""
     found = []
     for run in results[setting].values():
-        if run["autocorrelation"]:
-            lowest = min(run["autocorrelation"])
-            found.append((lowest, run["autocorrelation"].index(lowest) + 1))
+        if correlation := swing(run):
+            lowest = min(correlation)
+            found.append((lowest, correlation.index(lowest) + 1))
     if not found:
         return ""
     return ", ".join(f"{value:.2f} at {lag}" for value, lag in found)

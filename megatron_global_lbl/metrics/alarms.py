@@ -17,8 +17,8 @@ from megatron_global_lbl.metrics.reader import Run
 from megatron_global_lbl.metrics.streaks import LASTING_INTERVALS, counted, lasting, others, since, worst_first
 from megatron_global_lbl.metrics.swing import LEAST_INTERVALS, MOST_INTERVALS, swings
 
-# In that experiment (64 experts, top-2) MaxVio is 3 to 5 where the load settles and 13 to 16 where it swings. With few experts
-# the largest possible, E / top-k - 1, is below that: half of it is the limit then.
+# In docs/reproduction.md (64 experts, top-2) MaxVio is 1 to 4 at the end of a training, and 14 to 24 where a late correction
+# overshoots. With few experts the largest possible, E / top-k - 1, is below that: half of it is the limit then.
 MAX_VIO_LIMIT = 6.0
 MAX_VIO_SHARE_OF_POSSIBLE = 0.5
 # The paper's perplexity (3.4A0.6B, 120B tokens) is 8.167 with a Balance BSZ of 4, 8.062 with 32 and 8.038 with 512: below 32
@@ -145,7 +145,7 @@ def swing(run: Run) -> Alarm | None:
     layer = by_size[0]
     steps = periods[layer] * float(run.steps[-width:].mean())
     advice = (
-        "scope global, or a shorter --moe-lbl-window-steps: a window of W steps swings with a period of about 4 W"
+        "scope global, or a shorter --moe-lbl-window-steps"
         if _scope(run) == "window"
         else "a smaller --moe-aux-loss-coeff or a smaller learning rate: the router overshoots"
     )

@@ -102,6 +102,7 @@ def test_swing(tmp_path):
     [
         pytest.param(lambda n: np.cumsum(0.02 * np.random.default_rng(2).standard_normal((n, 16)), axis=0), id="walk"),
         pytest.param(lambda n: np.exp(-np.arange(n)[:, None] / 50) * np.random.default_rng(3).standard_normal(16), id="decay"),
+        pytest.param(lambda n: 0.5 * (-1.0) ** np.arange(n)[:, None] * np.sign(np.arange(16) - 7.5), id="to and fro"),
         pytest.param(lambda n: 0.02 * np.sin(2 * np.pi * np.arange(n)[:, None] / 40 + np.arange(16)), id="too small"),
     ],
 )
