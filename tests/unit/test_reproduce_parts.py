@@ -13,11 +13,11 @@ import torch.nn.functional as functional
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 
-from reproduce import data, figures, results, trainings
+from reproduce import data, experiments, figures, results, trainings
 from reproduce.counting import Counting
 from reproduce.experiments import EXPERIMENTS, GLOBAL, GPU_EXPERIMENTS, MICRO
 from reproduce.experts import _Products
-from reproduce.run import queue_of
+from reproduce.run import RESULTS, queue_of
 from reproduce.settings import Run, Setting, arguments, plugin_flags
 from reproduce.tables import TABLES
 
@@ -97,6 +97,16 @@ def test_tables_and_pictures_come_from_the_results(tmp_path):
     assert "-0.150 ± 0.071 (2 of 2)" in text and "old" not in text
     assert text.startswith("before") and text.endswith("after\n") and "not run" in text
     assert {path.name for path in (tmp_path / "images").iterdir()} == {"reproduce-bsz.png", "reproduce-specialisation.png"}
+
+
+def test_stand_ins_train_as_the_flags_do():
+    """In the results that are kept: `check`, pair by pair."""
+    kept, settings = results.read(RESULTS), experiments.check()
+    for stand_in, flags in zip(settings[::2], settings[1::2]):
+        assert len(kept[stand_in]) >= 3 and kept[stand_in].keys() == kept[flags].keys()
+        for pair, result in kept[stand_in].items():
+            for name in ("train_loss", "valid_loss", "max_vio_first"):
+                assert result[name] == kept[flags][pair][name], (stand_in.name, flags.name, pair)
 
 
 def test_every_table_of_the_document_exists():
