@@ -57,6 +57,33 @@ def test_metrics_wait_for_nothing_until_they_are_asked_for(workers):
     assert both[1][0] - both[0][0] == {("step end", "step end"): STEPS}
 
 
+def payloads(problem, layout, register, extra):
+    """In a worker. Bytes of the all-reduces over several ranks, by (phase of the start, phase of the first wait)."""
+    from latency import Latency
+
+    latency = Latency()
+    with latency.installed():
+        harness.run(problem, layout, register, extra)
+    found: dict[tuple, set[int]] = {}
+    for entry in latency.reduced:
+        found.setdefault((entry.started, entry.waited), set()).add(entry.payload)
+    return found
+
+
+def test_what_travels(workers):
+    """As docs/scaling.md reckons with."""
+    import scaling_model as model
+
+    experts = PROBLEM.experts
+    for scope in ("dp", "global"):
+        found = workers.run(payloads, 2, PROBLEM, Layout(), {"scope": scope}, {})[0]
+        assert found["forward", "backward"] == {experts * model.BYTES}
+    found = workers.run(payloads, 2, PROBLEM, Layout(), {"scope": "window"}, {})[0]
+    assert found["step end", "backward"] == {LAYERS * (experts + 1) * model.WINDOW_BYTES}
+    found = workers.run(payloads, 2, PROBLEM, Layout(), None, {"load_balancing_type": "global_aux_loss"})[0]
+    assert experts * model.UPSTREAM_BYTES in found["forward", "forward"]
+
+
 def left_under_way(problem, layout, register):
     """In a worker. A forward whose step never comes, before the registration is removed."""
     from latency import Latency
