@@ -40,11 +40,11 @@ LIMITS = {
     "versions": (40, 40),
     "tests": (130, 75),
     "gloo": (110, 50),
-    "nccl": (70, 45),
+    "nccl": (80, 60),
     "kernels": (100, 45),
-    "steps": (150, 60),
+    "steps": (200, 60),
 }
-BUDGETS = (460, 200)
+BUDGETS = (540, 200)
 KEPT = 25  # seconds of the budget that a stage leaves to each of those after it
 CPU_FACTOR = 5  # a processor is slower
 GRACE = 5  # seconds beyond what the stage was told

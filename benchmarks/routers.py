@@ -84,6 +84,8 @@ VARIANTS = {
     "window plain": Variant("aux_loss", (("scope", "window"),), plain=True),
 }
 DEFAULT_VARIANTS = [name for name in VARIANTS if " " not in name]
+# What a step's time is asked of: waiting on the spot, and metrics, with the scope that most will choose.
+STEP_VARIANTS = ["aux_loss", "global_aux_loss", "dp", "global", "global blocking", "global brief", "window"]
 BASELINE = "none"
 COEFF = 1e-2
 

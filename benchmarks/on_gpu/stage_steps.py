@@ -17,7 +17,7 @@ paths()
 import torch  # noqa: E402
 from forced import pretended_size  # noqa: E402
 from latency import Latency  # noqa: E402
-from routers import VARIANTS, device_of_tensors, start, stop  # noqa: E402
+from routers import STEP_VARIANTS, VARIANTS, device_of_tensors, start, stop  # noqa: E402
 
 REFERENCE, CONTROL = "aux_loss", "aux_loss (again)"
 # Microseconds of a small all-reduce in docs/scaling.md: none; 16 and 256 GPUs; 256 GPUs on a slow cluster.
@@ -87,7 +87,7 @@ def measure(stage: Stage) -> None:
     _, model = build(shape)
     place = {"dtype": torch.bfloat16, "device": device_of_tensors()}
     batches = [torch.randn(shape.tokens, 1, shape.hidden, **place) for _ in range(MICRO_BATCHES)]
-    names = [name for name, variant in VARIANTS.items() if name != "none" and not variant.plain] + [CONTROL]
+    names = [*STEP_VARIANTS, CONTROL]
     delays = DELAYS[:1] + DELAYS[2:3] if stage.quick else DELAYS
     stage.data["model"] = vars(shape) | {"micro-batches": MICRO_BATCHES, "timed steps per visit": STEPS}
     latency = Latency()

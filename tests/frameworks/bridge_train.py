@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import sys
 
@@ -16,6 +15,7 @@ import megatron.core.transformer.moe.moe_layer
 import megatron.training  # noqa: F401
 import torch
 from absent import stand_in_for
+from common import checksum
 
 with stand_in_for("transformer_engine", "modelopt", "nvidia_resiliency_ext", "megatron.energon"):
     from megatron.bridge.models.gpt_provider import GPTModelProvider
@@ -119,8 +119,7 @@ class Report(Callback):
     """Prints what two trainings are compared by."""
 
     def on_train_end(self, context) -> None:
-        numbers = torch.cat([parameter.detach().flatten() for chunk in context.model for parameter in chunk.parameters()])
-        print("parameters", hashlib.sha256(numbers.numpy().tobytes()).hexdigest(), flush=True)
+        print("parameters", checksum(context.model), flush=True)
 
 
 def main() -> None:

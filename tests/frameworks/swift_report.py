@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from common import checksum
 from megatron.core.transformer.moe.router import TopKRouter
 from swift.megatron.callbacks import MegatronCallback, megatron_callbacks_map
 
@@ -51,10 +51,8 @@ class Report(MegatronCallback):
         self.write({"logged": logs["load_balancing_loss"], **self.expected, "metrics": metrics})
 
     def on_train_end(self) -> None:
-        chunks = self.trainer.unwrapped_models
-        numbers = torch.cat([parameter.detach().float().flatten() for chunk in chunks for parameter in chunk.parameters()])
         checksums = [""] * dist.get_world_size()
-        dist.all_gather_object(checksums, hashlib.sha256(numbers.numpy().tobytes()).hexdigest())
+        dist.all_gather_object(checksums, checksum(self.trainer.unwrapped_models))
         self.write(checksums)
 
     def write(self, line: dict | list) -> None:

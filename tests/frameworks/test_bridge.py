@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -11,6 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from common import environment
 
 HERE = Path(__file__).parent
 FOLDER = HERE.parents[1] / ".frameworks" / "bridge"
@@ -24,11 +24,9 @@ pytestmark = pytest.mark.skipif(
 def train(**options) -> str:
     """The log of one training."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(HERE / "bridge_train.py")]
-    paths = [str(FOLDER), str(HERE.parents[1]), str(HERE)]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-    environment |= {"TORCHDYNAMO_DISABLE": "1", "GLOO_SOCKET_IFNAME": "lo"}
     command = [sys.executable, *launcher, json.dumps({"iterations": 3, **options})]
-    done = subprocess.run(command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=300)
+    output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    done = subprocess.run(command, env=environment(FOLDER), text=True, timeout=300, **output)
     assert done.returncode == 0, done.stdout
     return done.stdout
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import subprocess
 import sys
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from common import environment
 
 HERE = Path(__file__).parent
 FOLDER = HERE.parents[1] / ".frameworks" / "swift"
@@ -72,13 +72,10 @@ class Swift:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         write_model_and_data(folder)
-        paths = [str(FOLDER), str(HERE.parents[1]), str(HERE)]
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-        environment |= {"GLOO_SOCKET_IFNAME": "lo", "HF_HUB_OFFLINE": "1"}
-        environment |= {name: str(folder / "cache") for name in ("MODELSCOPE_CACHE", "HF_HOME")}
+        caches = {name: str(folder / "cache") for name in ("MODELSCOPE_CACHE", "HF_HOME")}
         self.process = subprocess.Popen(
             [sys.executable, str(HERE / "swift_train.py")],
-            env=environment,
+            env=environment(FOLDER) | caches | {"HF_HUB_OFFLINE": "1"},
             text=True,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from common import environment
 
 torch = pytest.importorskip("torch")
 
@@ -39,13 +39,10 @@ TRAININGS = {
 def results(tmp_path_factory) -> dict:
     """By training what `verl_train.py` kept of it. All in one process per rank, since what costs is verl's import."""
     folder = tmp_path_factory.mktemp("verl")
-    paths = [str(FOLDER), str(HERE.parents[1]), str(HERE), str(folder)]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-    environment |= {"TORCHDYNAMO_DISABLE": "1", "GLOO_SOCKET_IFNAME": "lo"}
 
     def run(*command: str, timeout: int) -> None:
         output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-        done = subprocess.run([sys.executable, *command], env=environment, text=True, timeout=timeout, **output)
+        done = subprocess.run([sys.executable, *command], env=environment(FOLDER, folder), text=True, timeout=timeout, **output)
         assert done.returncode == 0, done.stdout
 
     trainings = {}
