@@ -12,7 +12,7 @@ import sys
 import megatron_cpu
 
 megatron_cpu.install()
-from megatron_global_lbl import flags  # noqa: E402
+from megatron_global_lbl import flags, registry  # noqa: E402
 from megatron_global_lbl.hook import arguments as hooked  # noqa: E402
 
 hooked.install(flags.add_arguments, flags.activate)
@@ -24,5 +24,7 @@ for name, case in json.load(sys.stdin).items():
     sys.argv = case["argv"]
     args = arguments.parse_args()  # exits at an unknown flag or a bad value
     arguments.validate_args(args)
+    if (handle := registry.active()) is not None:  # the next has settings of its own
+        handle.remove()
     result[name] = {key: value for key, value in vars(args).items() if isinstance(value, int | float | str | list)}
 print(json.dumps(result))

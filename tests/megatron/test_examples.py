@@ -44,11 +44,12 @@ def training(words: list[str]) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def parsed():
+def parsed(tmp_path_factory):
     """Megatron's validated arguments of every script at full size, and shrunk."""
+    run = tmp_path_factory.mktemp("run")
     cases = {}
     for name, nodes in NODES.items():
-        words = dry_run(f"{name}.sh", NNODES=str(nodes), RUN_DIR="/run")
+        words = dry_run(f"{name}.sh", NNODES=str(nodes), RUN_DIR=str(run))
         cases[name] = {"world": 8 * nodes, "argv": training(words)}
         cases[f"{name} on CPU"] = {"world": 4, "argv": training(dry_run(f"{name}.sh", CPU="1"))}
     result = subprocess.run(
@@ -77,6 +78,7 @@ def test_megatron_accepts_the_flags(parsed, name, sizes, data_parallel):
     found = tuple(args[f"{kind}_parallel_size"] for kind in kinds)
     assert (found, args["data_parallel_size"]) == (sizes, data_parallel)
     assert args["moe_lbl_scope"] == "global"
+    assert args.get("moe_lbl_metrics_dir") == (None if "CPU" in name else str(Path(args["save"]).with_name("balance")))
 
 
 @pytest.mark.parametrize(
