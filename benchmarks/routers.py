@@ -40,6 +40,11 @@ class Variant:
             with lbl.registered(**dict(self.register)) if self.register else nullcontext() as handle:
                 yield handle
 
+    @property
+    def has_metrics(self) -> bool:
+        """Whether something looks on."""
+        return "metrics" in dict(self.register)
+
     def choose(self, model: list[torch.nn.Module]) -> None:
         """Let the routers of a model use Megatron's side of this loss; the model was built with both `aux_loss` and
         `global_aux_loss`, and so has the state that either needs."""

@@ -149,7 +149,7 @@ def main() -> None:
     with forced_reductions():
         for variant in ours:
             expected = 1 if variant.startswith("window") else per_micro_batch
-            expected += "metrics" in dict(VARIANTS[variant].register)  # over TP x CP, at the step's end
+            expected += VARIANTS[variant].has_metrics  # over TP x CP, at the step's end
             with stage.check(f"no host synchronisation, {expected} all-reduces per step: {variant}") as entry:
                 entry["all-reduces per step"] = found = without_synchronisation(variant, stage.cpu)
                 assert found == expected, f"{found} all-reduces per step"
@@ -159,7 +159,7 @@ def main() -> None:
                 entry["bytes more"] = growth = memory_growth(variant, steps)
                 assert growth == 0, f"{growth} bytes more"
         parallel_state.destroy_model_parallel()
-        for variant in [name for name in ours if "blocking" not in name and "metrics" not in dict(VARIANTS[name].register)]:
+        for variant in [name for name in ours if "blocking" not in name and not VARIANTS[name].has_metrics]:
             with stage.check(f"CUDA graph with its all-reduce, replayed: {variant}") as entry:
                 with plain_path() if VARIANTS[variant].plain else nullcontext():
                     entry.update(captured_equals_eager(dict(VARIANTS[variant].register)["scope"], stage.cpu))

@@ -52,8 +52,7 @@ class Patches:
             # From the owner's own dictionary: an inherited method is another symbol.
             original = getattr(owner, name) if inherited else vars(owner)[name]
         except (ModuleNotFoundError, AttributeError, KeyError) as error:
-            missing = getattr(error, "name", None) if isinstance(error, ModuleNotFoundError) else module_name
-            if not f"{module_name}.".startswith(f"{missing}."):
+            if isinstance(error, ModuleNotFoundError) and not f"{module_name}.".startswith(f"{error.name}."):
                 raise  # a module of somebody else, which this one needs
             raise UnsupportedMegatron(
                 f"{path} is not where it should be in Megatron-Core {installed_version()}; supported: {SUPPORTED}"

@@ -31,6 +31,7 @@ FSDP = "megatron.core.distributed.fsdp.src.megatron_fsdp.param_and_grad_buffer"
 
 def install(patches: Patches, engine: Engine) -> None:
     """Let the steps of every model report to `engine`."""
+    chosen = refusals.asked_for(engine.settings)
 
     def wrap_begin(original):
         def zero_grad_buffer(self, *args, **kwargs):
@@ -49,7 +50,7 @@ def install(patches: Patches, engine: Engine) -> None:
 
     def wrap_end(original):
         def allreduce_non_tensor_model_parallel_grads(model, *args, **kwargs):
-            refusals.refuse_model(model, refusals.asked_for(engine.settings))
+            refusals.refuse_model(model, chosen)
             if engine.whole_graph.is_open:
                 engine.whole_graph.join()
             else:

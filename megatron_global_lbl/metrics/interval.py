@@ -37,14 +37,15 @@ class Interval:
 
     Attributes:
         layers: its MoE layers on this rank.
+        number: of the model, from 1, in the order in which the models' steps ended first.
         steps: how many have ended.
         forwards: of the first layer, on this rank.
         sequences: of those forwards.
         coeff: alpha, as it was last.
     """
 
-    def __init__(self, layers: Sequence[Layer]) -> None:
-        self.layers = list(layers)
+    def __init__(self, layers: Sequence[Layer], number: int) -> None:
+        self.layers, self.number = list(layers), number
         info = self.layers[0].info
         self._experts, self._stage, self._model, self._device = info.num_experts, info.stage, info.model, info.device
         self._rows: dict[tuple[int, ...], Tensor] = {}

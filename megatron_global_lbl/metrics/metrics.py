@@ -64,7 +64,6 @@ class Metrics:
         self._started = time.time()
         self._observed: dict[Layer, list[Observed]] = {}
         self._models: dict[tuple[Layer, ...], Interval] = {}
-        self._numbers: dict[tuple[Layer, ...], int] = {}  # from 1, in the order in which their steps ended first
         self._met = 0
         self._gone: set[Layer] = set()
         self._writers: dict[int, Writer] = {}
@@ -103,7 +102,7 @@ class Metrics:
             alike = tuple(x for x in observed if (x.info.num_experts, x.info.topk, x.table.group.stage) == kind)
             if alike not in self._models:
                 self._met += 1
-                self._models[alike], self._numbers[alike] = Interval(alike), self._met
+                self._models[alike] = Interval(alike, self._met)
             self._models[alike].add_step([observed[layer] for layer in alike])
         if self._settings.metrics_dir is not None and not (self.is_in_log and self._clock() is not None):
             self._latest = self._close(self._iteration, 1) or self._latest
@@ -121,8 +120,7 @@ class Metrics:
 
     def _forget_what_is_told(self) -> None:
         for model in [model for model, interval in self._models.items() if not interval.steps and self._gone.issuperset(model)]:
-            del self._models[model]
-            number = self._numbers.pop(model)
+            number = self._models.pop(model).number
             self._writers.pop(number, None)
             self._alarms.pop(number, None)
             self._gone.difference_update(model)
@@ -148,8 +146,7 @@ class Metrics:
         for layers, interval in self._models.items():
             if not interval.steps:
                 continue
-            number = self._numbers[layers]
-            steps, forwards, sequences = interval.steps, interval.forwards, interval.sequences
+            number, steps, forwards, sequences = interval.number, interval.steps, interval.forwards, interval.sequences
             info, experts = layers[0].info, layers[0].info.num_experts
             sums_LS = interval.close()
             counts_LE, score_sums_LE, rest = sums_LS[:, :experts], sums_LS[:, experts : 2 * experts], sums_LS[:, 2 * experts :]

@@ -151,7 +151,7 @@ def test_a_model_without_auxiliary_loss_alone(workers, scope):
     check(workers, two_steps, spec, register={"scope": scope}, refused="has nothing to act on")
 
 
-def built_anew(_):
+def built_anew():
     """In a worker. Models that come and go under one registration: what of them is kept, and what their metrics are called."""
     import gc
 
@@ -174,6 +174,6 @@ def built_anew(_):
 
 def test_a_model_that_is_gone_is_forgotten(workers):
     """At the first forward of the next: until then its last interval is to be told."""
-    ((kept, keys),) = workers.run(built_anew, 1, None)
+    ((kept, keys),) = workers.run(built_anew, 1)
     assert kept == [(1, 1)] * 3
     assert keys == [{"moe-lbl/"}, {"moe-lbl/model2/"}, {"moe-lbl/model3/"}]

@@ -14,14 +14,19 @@ LAYERS, MICRO_BATCHES, STEPS = 2, 3, 3
 PROBLEM = Problem("global", 2, MICRO_BATCHES, STEPS, layers=LAYERS)
 
 
-def reduced(problem, layout, register, extra):
-    """In a worker. How many all-reduces over several ranks by (phase of the start, phase of the first wait)."""
+def recorded(problem, layout, register, extra):
+    """In a worker. The all-reduces over several ranks."""
     from latency import Latency
 
     latency = Latency()
     with latency.installed():
         harness.run(problem, layout, register, extra)
-    return Counter((entry.started, entry.waited) for entry in latency.reduced)
+    return latency.reduced
+
+
+def reduced(problem, layout, register, extra):
+    """In a worker. How many there are by (phase of the start, phase of the first wait)."""
+    return Counter((entry.started, entry.waited) for entry in recorded(problem, layout, register, extra))
 
 
 def of_the_loss(workers, register, recompute=None, **extra):
@@ -58,14 +63,9 @@ def test_metrics_wait_for_nothing_until_they_are_asked_for(workers):
 
 
 def payloads(problem, layout, register, extra):
-    """In a worker. Bytes of the all-reduces over several ranks, by (phase of the start, phase of the first wait)."""
-    from latency import Latency
-
-    latency = Latency()
-    with latency.installed():
-        harness.run(problem, layout, register, extra)
+    """In a worker. Their bytes, by (phase of the start, phase of the first wait)."""
     found: dict[tuple, set[int]] = {}
-    for entry in latency.reduced:
+    for entry in recorded(problem, layout, register, extra):
         found.setdefault((entry.started, entry.waited), set()).add(entry.payload)
     return found
 

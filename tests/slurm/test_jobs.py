@@ -5,6 +5,8 @@ from __future__ import annotations
 import shlex
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 SECONDS = 60
 FOLDER = "examples/slurm"
@@ -60,17 +62,24 @@ def test_container(cluster, tmp_path):
     assert f"{tmp_path}/Megatron-LM/pretrain_gpt.py" in text
 
 
-def test_sweep_is_one_training_per_setting(cluster, tmp_path):
-    expected = {
-        "dp-1": ["--moe-lbl-scope", "dp", "--moe-lbl-group-size", "1"],
-        "dp-2": ["--moe-lbl-scope", "dp", "--moe-lbl-group-size", "2"],
-        "dp-4": ["--moe-lbl-scope", "dp", "--moe-lbl-group-size", "4"],
-        "dp": ["--moe-lbl-scope", "dp"],
-        "global": ["--moe-lbl-scope", "global"],
-    }
+SWEPT = {
+    "dp-1": ["--moe-lbl-scope", "dp", "--moe-lbl-group-size", "1"],
+    "dp-2": ["--moe-lbl-scope", "dp", "--moe-lbl-group-size", "2"],
+    "dp-4": ["--moe-lbl-scope", "dp", "--moe-lbl-group-size", "4"],
+    "dp": ["--moe-lbl-scope", "dp"],
+    "global": ["--moe-lbl-scope", "global"],
+}
+ASKED_FOR = {"window-16": ["--moe-lbl-scope", "window", "--moe-lbl-window-steps", "16"]}
+
+
+@pytest.mark.parametrize(
+    "array, environment, expected", [([], {}, SWEPT), (["--array=0"], {"BALANCE": "window-16"}, ASKED_FOR)]
+)
+def test_sweep_is_one_training_per_setting(cluster, tmp_path, array, environment, expected):
     output = f"--output={tmp_path}/%a.out"
     run = f"{tmp_path}/run"
-    number = cluster.submit(output, f"{FOLDER}/sweep.sbatch", "examples/data_parallel.sh", DRY_RUN="1", RUN_DIR=run)
+    arguments = [output, *array, f"{FOLDER}/sweep.sbatch", "examples/data_parallel.sh"]
+    number = cluster.submit(*arguments, DRY_RUN="1", RUN_DIR=run, **environment)
     jobs = [cluster.wait(f"{number}_{index}", SECONDS) for index in range(len(expected))]
     assert [job["ExitCode"] for job in jobs] == ["0:0"] * len(expected)
     for index, (setting, flags) in enumerate(expected.items()):
