@@ -1,4 +1,4 @@
-# make demo     train one small MoE with two scopes on this machine, compare what its experts specialise in (no GPU needed)
+# make demo     train one small MoE with `micro` and `global` on this machine and compare its experts (no GPU needed)
 # make test     every test that runs without a GPU, with the pinned Megatron-Core
 # make test-versions   the core of the gradient tests with every other supported Megatron-Core release
 # make test-preview    the same with Megatron-LM's main: MEGATRON_LM_DIR is a git repository of it

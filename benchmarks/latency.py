@@ -35,6 +35,7 @@ class Reduced:
         waited: phase in which it was first waited for.
         seconds: how long the host waited, for the other rank too (on NCCL it never does: the stream waits).
         exposed: the part of it that was the injected latency alone, all ranks having arrived.
+        between: CPU time of the thread from its start to the first wait, which hides latency on any machine.
     """
 
     started: str
@@ -42,6 +43,7 @@ class Reduced:
     waited: str | None = None
     seconds: float = 0.0
     exposed: float = 0.0
+    between: float = 0.0
 
 
 @dataclass
@@ -132,7 +134,7 @@ class _OnCpu:
 
     def __init__(self, latency: Latency, work: Any, group: str, entry: Reduced) -> None:
         self._latency, self._work, self._entry = latency, work, entry
-        self._done_at = 0.0
+        self._done_at, self._cpu_began = 0.0, time.thread_time()
         self._known = threading.Event()
         # Called by gloo's thread when all ranks have arrived: the latency counts from then, not from this rank's start.
         work.get_future().add_done_callback(lambda _: self._done(group))
@@ -142,14 +144,14 @@ class _OnCpu:
         self._known.set()
 
     def wait(self, timeout: Any = None) -> bool:
-        begin = time.perf_counter()
+        begin, between = time.perf_counter(), time.thread_time() - self._cpu_began
         self._work.wait()
         self._known.wait()
         left = max(0.0, self._done_at - time.perf_counter())
         time.sleep(left)
         self._entry.exposed += left
         if self._entry.waited is None:
-            self._entry.waited = self._latency.phase()
+            self._entry.waited, self._entry.between = self._latency.phase(), between
         self._entry.seconds += time.perf_counter() - begin
         return True
 

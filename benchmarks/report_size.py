@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 from report import machine, table
 
-from megatron_global_lbl.metrics.frames import METRICS
+from megatron_global_lbl.metrics.record import METRICS
 from megatron_global_lbl.metrics.writer import Writer
 
 COMMAND = "import sys; from megatron_global_lbl.command import main; sys.exit(main(sys.argv[1:]))"

@@ -1,21 +1,22 @@
-"""What a load-balancing loss costs in one MoE layer's router, per micro-batch.
+"""What a load-balancing loss costs in the routers of a model chunk, per layer and micro-batch.
 
     python benchmarks/router_cost.py                                    # one GPU
     torchrun --nproc-per-node 8 benchmarks/router_cost.py               # with the collectives of 8 data-parallel ranks
-    python benchmarks/router_cost.py --cpu                              # no GPU: launches, bytes, host times
+    python benchmarks/router_cost.py --cpu                              # no GPU: launches and bytes
     python benchmarks/router_cost.py --cpu --list-ops --models qwen3-30b-a3b
     python benchmarks/router_cost.py --cpu --steps                      # launches of whole steps
 
-Megatron's real `TopKRouter` of a bf16 model runs forward and backward, without any loss ("none"), with Megatron's own and
-with this plugin's; what "none" needs is subtracted everywhere. Measured are
+Megatron's real `TopKRouter`s of a bf16 model, 8 layers as one model chunk, run forward and backward, without any loss ("none"),
+with Megatron's own and with this plugin's; what "none" needs is subtracted everywhere. Measured are
 
-    launches   kernels forward, backward and at the end of a step (a layer's share of 8 layers). Without a GPU: ATen
-               operators (see launches.py)
+    launches   kernels forward, backward and at the end of a step. Without a GPU: ATen operators (see launches.py)
     traffic    bytes that those operators read and write: what a GPU's time follows once the tensors are large
     host waits operators for which the host waits for the device
     kept       bytes held from the forward to the backward, saved tensors and attributes alike
-    host time  of Python and launches, with so few tokens that nothing else counts; medians, variants interleaved
-    GPU time   between CUDA events, and the sum over kernels from torch.profiler; medians, variants interleaved
+    GPU time   between CUDA events, the sum over kernels from torch.profiler, and that of a replayed CUDA graph; medians,
+               variants interleaved
+
+A registration's first step makes what lives as long as it, and is in no figure. Host time: host_cost.py.
 """
 
 from __future__ import annotations
@@ -23,11 +24,12 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
-import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -38,18 +40,22 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the plugin, when
 from launches import GpuWork, KeptBytes, Launches, Op, kernels_on_gpu
 from models import MODELS
 from report import machine, table
-from routers import BASELINE, DEFAULT_VARIANTS, VARIANTS, build, end_of_step, micro_batch, start, stop
+from routers import BASELINE, DEFAULT_VARIANTS, VARIANTS, Stack, backward, build, end_of_step, micro_batch, start, stop
 
 WARM_UP_STEPS = 2
-LAYERS = 8  # the plugin ends a step for all layers at once
+TIMED_PER_VISIT = 2
+LAYERS = 8
 STEP_LAYERS, STEP_MICRO_BATCHES = (8, 48), (1, 2, 8)
-HOST_TOKENS = 8
+STEP_TOKENS = 8
 COUNTED_TOKENS = (96, 192)  # launches do not depend on the tokens; kept bytes are a line through these two
+REPLAYS = 10
+TOKENS = (4096, 16384, 65536)
+SECONDS_OF_A_ROW = 20  # of a stage; none is begun with less left
 
 
 @dataclass(frozen=True)
 class Counts:
-    """What one variant does per layer; launches of a forward, of its backward, and of the end of a step of `LAYERS` layers."""
+    """What one variant does in a micro-batch of `LAYERS` layers, and at the end of a step."""
 
     forward: list[Op]
     backward: list[Op]
@@ -65,36 +71,28 @@ class Counts:
 
 
 def count(model: str, variant: str, *, tokens: int, router_dtype: str | None) -> Counts:
-    """Counts of one layer and micro-batch, everything included; subtract those of the variant "none"."""
+    """Counts of one micro-batch, everything included; subtract those of the variant "none"."""
     size = MODELS[model]
-    routers = [build(size, VARIANTS[variant], router_dtype) for _ in range(LAYERS)]
-    router = routers[0]
+    stack = build(size, VARIANTS[variant], router_dtype, layers=LAYERS)
     hidden, gradient = micro_batch(size, tokens)
-
-    def one_micro_batch():
-        for layer in routers:
-            probs, _ = layer(hidden)
-            probs.backward(gradient.to(probs.dtype))
-        return gradient.to(probs.dtype)
-
-    with VARIANTS[variant].active():
+    with VARIANTS[variant].active(stack):
         for _ in range(WARM_UP_STEPS):
-            one_micro_batch()
-            end_of_step(*routers)
+            backward(stack(hidden), gradient)
+            end_of_step(stack)
         # Counted is a step's second micro-batch: the first one may find things that have to be set up.
-        probs_gradient = one_micro_batch()
+        backward(stack(hidden), gradient)
         in_forward, in_backward, at_end, kept = Launches(), Launches(), Launches(), KeptBytes()
         with in_forward:
-            probs, routing_map = router(hidden)
+            outputs = stack(hidden)
         with in_backward:
-            probs.backward(probs_gradient)
-        del probs, routing_map
+            backward(outputs, gradient)
+        del outputs
         with kept:
-            probs, routing_map = router(hidden)
-            kept_in_forward = kept.alive(without=[probs, routing_map])
-        probs.backward(probs_gradient)
+            outputs = stack(hidden)
+            kept_in_forward = kept.alive(without=outputs)
+        backward(outputs, gradient)
         with at_end:
-            end_of_step(*routers)
+            end_of_step(stack)
     everywhere = (in_forward, in_backward, at_end)
     return Counts(
         in_forward.ops,
@@ -111,19 +109,15 @@ def launches_of_step(
 ) -> int:
     """Launches of a whole step, its first micro-batch and its end included, everything included."""
     size = MODELS[model]
-    routers = [build(size, VARIANTS[variant], router_dtype) for _ in range(layers)]
-    for number, router in enumerate(routers, 1):
-        router.set_layer_number(number)
+    stack = build(size, VARIANTS[variant], router_dtype, layers=layers)
     hidden, gradient = micro_batch(size, tokens)
 
     def step() -> None:
         for _ in range(micro_batches):
-            for router in routers:
-                probs, _ = router(hidden)
-                probs.backward(gradient.to(probs.dtype))
-        end_of_step(*routers)
+            backward(stack(hidden), gradient)
+        end_of_step(stack)
 
-    with VARIANTS[variant].active():
+    with VARIANTS[variant].active(stack):
         for _ in range(WARM_UP_STEPS):
             step()
         launches = Launches()
@@ -150,7 +144,7 @@ def counts_at(model: str, variant: str, router_dtype: str | None) -> list[Counts
 
 
 def kept_bytes(with_loss: list[Counts], without: list[Counts]) -> tuple[float, int]:
-    """(bytes per token, bytes per micro-batch) that the loss keeps for the backward, beyond the router without a loss.
+    """(bytes per token, bytes per micro-batch) that the loss keeps for the backward, beyond routers without a loss.
 
     Args:
         with_loss: its `counts_at`.
@@ -161,161 +155,274 @@ def kept_bytes(with_loss: list[Counts], without: list[Counts]) -> tuple[float, i
     return slope, round(kept[0] - slope * COUNTED_TOKENS[0])
 
 
-def host_times(model: str, variants: Sequence[str], *, router_dtype: str | None, rounds: int) -> dict[str, float]:
-    """Microseconds of the host per layer and micro-batch, forward and backward, everything included; medians over `rounds`."""
-    size = MODELS[model]
-    hidden, gradient = micro_batch(size, HOST_TOKENS)
-    routers = {name: build(size, VARIANTS[name], router_dtype) for name in variants}
-    seconds: dict[str, list[float]] = {name: [] for name in variants}
-    for round_number in range(rounds + WARM_UP_STEPS):
-        for name in variants:
-            with VARIANTS[name].active():
-                for timed in (False, True):
-                    begin = time.perf_counter()
-                    for _ in range(LAYERS):
-                        probs, _ = routers[name](hidden)
-                        probs.backward(gradient.to(probs.dtype))
-                    took = (time.perf_counter() - begin) / LAYERS
-                    end_of_step(routers[name])
-                    if timed and round_number >= WARM_UP_STEPS:
-                        seconds[name].append(took)
-    return {name: statistics.median(times) * 1e6 for name, times in seconds.items()}
-
-
 @dataclass(frozen=True)
 class Times:
-    """GPU times of one layer and micro-batch in microseconds, everything included."""
+    """GPU times in microseconds and kernels, per layer and micro-batch, everything included.
+
+    Attributes:
+        forward, backward: between events.
+        kernel_time: sum over the kernels.
+        replay: of a CUDA graph of both; None if it was not captured.
+    """
 
     forward: float
     backward: float
     kernels_forward: float
     kernels_backward: float
     kernel_time: float
+    replay: float | None
 
 
-def time_on_gpu(model: str, variants: Sequence[str], *, tokens: int, router_dtype: str | None, rounds: int) -> dict[str, Times]:
-    """Medians over `rounds`; every round runs each variant once, so that a drift of the clock meets all alike."""
+def time_on_gpu(
+    model: str,
+    variants: Sequence[str],
+    *,
+    tokens: int,
+    router_dtype: str | None,
+    rounds: int,
+    captured: dict[str, str] | None = None,
+    profile: Callable[[Callable[[], Any], int], GpuWork] = kernels_on_gpu,
+) -> dict[str, Times]:
+    """Medians over `rounds`; every round runs each variant, so that a drift of the clock meets all alike.
+
+    Args:
+        model, variants, tokens, router_dtype, rounds: what to measure.
+        captured: replays are measured, too; filled with how each loss was computed, or why it was not captured.
+        profile: counts kernels.
+    """
     size = MODELS[model]
     hidden, gradient = micro_batch(size, tokens)
-    routers = {name: build(size, VARIANTS[name], router_dtype) for name in variants}
+    stacks = {name: build(size, VARIANTS[name], router_dtype, layers=LAYERS) for name in variants}
     forward: dict[str, list[float]] = {name: [] for name in variants}
-    backward: dict[str, list[float]] = {name: [] for name in variants}
+    in_backward: dict[str, list[float]] = {name: [] for name in variants}
     for round_number in range(rounds + WARM_UP_STEPS):
         for name in variants:
-            events = [torch.cuda.Event(enable_timing=True) for _ in range(3)]
-            with VARIANTS[name].active():
-                events[0].record()
-                probs, _ = routers[name](hidden)
-                events[1].record()
-                probs.backward(gradient.to(probs.dtype))
-                events[2].record()
-                torch.cuda.synchronize()
-                end_of_step(routers[name])
-            if round_number >= WARM_UP_STEPS:
-                forward[name].append(events[0].elapsed_time(events[1]) * 1000)
-                backward[name].append(events[1].elapsed_time(events[2]) * 1000)
+            with VARIANTS[name].active(stacks[name]):
+                for number in range(1 + TIMED_PER_VISIT):
+                    events = [torch.cuda.Event(enable_timing=True) for _ in range(3)]
+                    events[0].record()
+                    outputs = stacks[name](hidden)
+                    events[1].record()
+                    backward(outputs, gradient)
+                    events[2].record()
+                    torch.cuda.synchronize()
+                    end_of_step(stacks[name])
+                    if round_number >= WARM_UP_STEPS and number:
+                        forward[name].append(events[0].elapsed_time(events[1]) * 1000 / LAYERS)
+                        in_backward[name].append(events[1].elapsed_time(events[2]) * 1000 / LAYERS)
+    replays = {} if captured is None else _times_of_replays(stacks, hidden, gradient, rounds, captured)
     times = {}
     for name in variants:
-        in_forward, in_backward = _profile(routers[name], name, hidden, gradient)
+        of_forward, of_backward = _profile(stacks[name], name, hidden, gradient, profile)
         times[name] = Times(
             statistics.median(forward[name]),
-            statistics.median(backward[name]),
-            in_forward.kernels,
-            in_backward.kernels,
-            in_forward.microseconds + in_backward.microseconds,
+            statistics.median(in_backward[name]),
+            of_forward.kernels / LAYERS,
+            of_backward.kernels / LAYERS,
+            (of_forward.microseconds + of_backward.microseconds) / LAYERS,
+            replays.get(name),
         )
     return times
 
 
-def _profile(router: torch.nn.Module, variant: str, hidden: Tensor, gradient: Tensor) -> tuple[GpuWork, GpuWork]:
+def _profile(
+    stack: Stack, variant: str, hidden: Tensor, gradient: Tensor, profile: Callable[[Callable[[], Any], int], GpuWork]
+) -> tuple[GpuWork, GpuWork]:
     """What the GPU did in a forward and in its backward; a step of three micro-batches, all forwards first."""
-    outputs: list[Tensor] = []
-    with VARIANTS[variant].active():
-        # The tensors of a registration are made in its first forward; what a step has left under way is joined in the next one.
+    outputs: list[list[Tensor]] = []
+    with VARIANTS[variant].active(stack):
         for ends in (True, False):
-            probs, _ = router(hidden)
-            probs.backward(gradient.to(probs.dtype))
+            backward(stack(hidden), gradient)
             if ends:
-                end_of_step(router)
-        in_forward = kernels_on_gpu(lambda: outputs.append(router(hidden)[0]), repeats=3)
-        gradient = gradient.to(outputs[0].dtype)
-        in_backward = kernels_on_gpu(lambda: outputs.pop().backward(gradient), repeats=3)
-        end_of_step(router)
+                end_of_step(stack)
+        in_forward = profile(lambda: outputs.append(stack(hidden)), 3)
+        in_backward = profile(lambda: backward(outputs.pop(), gradient), 3)
+        end_of_step(stack)
     return in_forward, in_backward
 
 
-def report_counts(model: str, variants: Sequence[str], router_dtype: str | None, rounds: int, list_ops: bool) -> str:
-    """Markdown: launches, traffic, host waits, kept bytes and host time of one model."""
+def _times_of_replays(
+    stacks: dict[str, Stack], hidden: Tensor, gradient: Tensor, rounds: int, captured: dict[str, str]
+) -> dict[str, float]:
+    """Microseconds per layer of a forward and its backward in one CUDA graph, medians over interleaved rounds."""
+    graphs: dict[str, tuple] = {}
+    for name, stack in stacks.items():
+        try:
+            graphs[name] = _captured(name, stack, hidden, gradient)
+            captured[name] = ", ".join(sorted(set(graphs[name][1].values())))
+        except Exception as error:
+            captured[name] = f"not captured: {type(error).__name__}: {error}".splitlines()[0]
+    seconds: dict[str, list[float]] = {name: [] for name in graphs}
+    for _ in range(rounds):
+        for name, (graph, *_) in graphs.items():
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            for _ in range(REPLAYS):
+                graph.replay()
+            end.record()
+            end.synchronize()
+            seconds[name].append(begin.elapsed_time(end) * 1000 / REPLAYS / LAYERS)
+    return {name: statistics.median(times) for name, times in seconds.items()}
+
+
+def _captured(name: str, stack: Stack, hidden: Tensor, gradient: Tensor) -> tuple:
+    """(graph, path of each layer, what has to live as long)."""
+
+    def both() -> tuple[Tensor, ...]:
+        outputs = stack(hidden)
+        weights = [router.weight for router in stack.routers]
+        return torch.autograd.grad(outputs, (hidden, *weights), [gradient.to(outputs[0].dtype)] * LAYERS)
+
+    with VARIANTS[name].active(stack) as handle:
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                both()
+                end_of_step(stack)
+        torch.cuda.current_stream().wait_stream(side)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with nullcontext() if handle is None else handle._steps.whole():  # as in Megatron's FullCudaGraphWrapper
+            with torch.cuda.graph(graph):
+                gradients = both()
+                if handle is not None:
+                    handle._steps.finish_capture()
+        of_layers = {} if handle is None else dict(handle.loss_paths)
+        end_of_step(stack)
+    return graph, of_layers, gradients, stack, handle
+
+
+def report_counts(model: str, variants: Sequence[str], router_dtype: str | None, list_ops: bool) -> str:
+    """Markdown: launches, traffic, host waits and kept bytes of one model, per layer and micro-batch."""
     tokens = COUNTED_TOKENS[-1]
     without = counts_at(model, BASELINE, router_dtype)
     baseline = without[-1]
-    host = host_times(model, [BASELINE, *variants], router_dtype=router_dtype, rounds=rounds)
     rows, details = [], []
     for name in variants:
         if name == BASELINE:
             continue
         with_loss = counts_at(model, name, router_dtype)
         counts = with_loss[-1]
-        forward, backward = beyond(counts.forward, baseline.forward), beyond(counts.backward, baseline.backward)
+        forward, in_backward = beyond(counts.forward, baseline.forward), beyond(counts.backward, baseline.backward)
         per_token, per_micro_batch = kept_bytes(with_loss, without)
+        launches = [len(forward), len(in_backward), len(forward) + len(in_backward), len(counts.step_end)]
         rows.append(
             [
                 name,
-                len(forward),
-                len(backward),
-                len(forward) + len(backward),
-                f"{len(counts.step_end) / LAYERS:g}",
+                *(f"{number / LAYERS:g}" for number in launches),
                 len(counts.collectives),
                 len(counts.host_waits),
-                f"{(counts.traffic - baseline.traffic) / tokens:.0f}",
-                f"{per_token:g} T + {per_micro_batch}",
-                f"{per_token + per_micro_batch / 4096:.3f}",
-                f"{host[name] - host[BASELINE]:.0f}",
+                f"{(counts.traffic - baseline.traffic) / tokens / LAYERS:.0f}",
+                f"{per_token / LAYERS:g} T + {per_micro_batch / LAYERS:g}",
             ]
         )
         if list_ops:
-            parts = {"forward": forward, "backward": backward, f"end of step of {LAYERS} layers": counts.step_end}
-            details += [f"{name}, {part}: " + "; ".join(map(str, ops)) for part, ops in parts.items()]
-    head = ["loss", "forward", "backward", "sum", "step end", "collectives", "host waits"]
-    head += ["traffic, B/token", "kept, B", "B/token at T = 4096", "host, us"]
+            parts = {"forward": forward, "backward": in_backward, "end of step": counts.step_end}
+            details += [f"{name}, {part} of {LAYERS} layers: " + "; ".join(map(str, ops)) for part, ops in parts.items()]
+    head = ["loss", "forward", "backward", "sum", "step end", f"collectives of {LAYERS} layers", "host waits"]
+    head += ["traffic, B/token", "kept, B"]
     return "\n".join([table(head, rows), *(f"\n- {line}" for line in details)])
 
 
 def report_steps(model: str, variants: Sequence[str], router_dtype: str | None) -> str:
-    """Markdown: launches of whole steps, a router without a loss subtracted; no GPU needed."""
+    """Markdown: launches of whole steps, routers without a loss subtracted; no GPU needed."""
     rows = []
+    names = [name for name in variants if name != BASELINE]
     for layers in STEP_LAYERS:
         for micro_batches in STEP_MICRO_BATCHES:
-            sizes = {"tokens": HOST_TOKENS, "router_dtype": router_dtype, "layers": layers, "micro_batches": micro_batches}
+            sizes = {"tokens": STEP_TOKENS, "router_dtype": router_dtype, "layers": layers, "micro_batches": micro_batches}
             baseline = launches_of_step(model, BASELINE, **sizes)
-            names = [name for name in variants if name != BASELINE]
             rows.append([layers, micro_batches, *(launches_of_step(model, name, **sizes) - baseline for name in names)])
-    return table(["layers", "micro-batches", *(name for name in variants if name != BASELINE)], rows)
+    return table(["layers", "micro-batches", *names], rows)
 
 
 def report_times(
     model: str, variants: Sequence[str], token_counts: Sequence[int], router_dtype: str | None, rounds: int
 ) -> str:
-    """Markdown: GPU times of one model, the router without a loss subtracted."""
+    """Markdown: GPU times of one model, the routers without a loss subtracted."""
     rows = []
     for tokens in token_counts:
-        times = time_on_gpu(model, variants, tokens=tokens, router_dtype=router_dtype, rounds=rounds)
-        none = times[BASELINE]
-        rows.append([tokens, BASELINE, *(f"{value:.1f}" for value in vars(none).values())])
+        times = time_on_gpu(model, variants, tokens=tokens, router_dtype=router_dtype, rounds=rounds, captured={})
         for name in variants:
-            if name != BASELINE:
-                differences = (vars(times[name])[field] - vars(none)[field] for field in vars(none))
-                rows.append([tokens, name, *(f"{value:+.1f}" for value in differences)])
+            more = vars(times[name]) if name == BASELINE else beyond_baseline(times[name], times[BASELINE])
+            sign = "" if name == BASELINE else "+"
+            rows.append([tokens, name, *("-" if value is None else f"{value:{sign}.1f}" for value in more.values())])
     head = ["tokens", "loss", "forward, us", "backward, us", "kernels forward", "kernels backward", "kernel time, us"]
-    return table(head, rows)
+    return table([*head, "graph replay, us"], rows)
+
+
+def beyond_baseline(times: Times, baseline: Times) -> dict[str, float | None]:
+    """What a loss adds, by field of `Times`."""
+    of_none = vars(baseline)
+    return {key: None if value is None or of_none[key] is None else value - of_none[key] for key, value in vars(times).items()}
+
+
+def as_stage() -> None:
+    """The stage "kernels" of gpu.py."""
+    from on_gpu.stage import Stage, paths
+
+    stage = Stage("kernels")
+    paths()
+    if stage.cpu:
+        import megatron_cpu
+
+        megatron_cpu.install()
+    start(gpu=not stage.cpu)
+    names = list(VARIANTS)
+    rounds = 1 if stage.cpu else 10 if stage.quick else 20
+    captured: dict[str, str] = {}
+    stage.data.update(rounds=rounds, layers=LAYERS, router_dtype="fp32", sizes=[])
+    for model in ["qwen3-30b-a3b"] if stage.quick else MODELS:
+        for tokens in (64, 128) if stage.cpu else TOKENS:
+            what = f"{model}, {tokens} tokens"
+            if stage.left < SECONDS_OF_A_ROW:
+                stage.skip(what, "no time left")
+                continue
+            with stage.check(what):
+                options: dict[str, Any] = {"profile": _without_profiler} if stage.cpu else {"captured": captured}
+                times = time_on_gpu(model, names, tokens=tokens, router_dtype="fp32", rounds=rounds, **options)
+                rows = [_row_of_stage(name, times, captured.get(name)) for name in names]
+                stage.data["sizes"].append({"model": model, "tokens": tokens, "rows": rows})
+                stage.data["how each loss was computed"] = captured
+            torch.cuda.empty_cache()
+    if not stage.cpu:
+        with stage.check("the Triton kernels computed what they should, and nothing else"):
+            for name, path in captured.items():
+                if VARIANTS[name].register:
+                    # Detailed metrics need the scores.
+                    plain = VARIANTS[name].plain or "detailed" in name
+                    assert path.startswith("plain" if plain else "fused"), f"{name}: {path}"
+        for size in stage.data["sizes"]:
+            kernels = {row["loss"]: row["all"]["kernels_forward"] + row["all"]["kernels_backward"] for row in size["rows"]}
+            for name in [name for name in names if VARIANTS[name].register and "detailed" not in name]:
+                with stage.check(f"kernels of {name} <= aux_loss: {size['model']}, {size['tokens']} tokens"):
+                    assert kernels[name] <= kernels["aux_loss"], kernels
+    stop()
+
+
+def _row_of_stage(name: str, times: dict[str, Times], captured: str | None) -> dict[str, Any]:
+    more = beyond_baseline(times[name], times[BASELINE])
+    figures, more = (
+        {key: round(value, 2) for key, value in of.items() if value is not None} for of in (vars(times[name]), more)
+    )
+    failed = captured if captured is not None and captured.startswith("not captured") else None
+    return {"loss": name, "all": figures, "more": more, "not captured": failed}
+
+
+def _without_profiler(work: Callable[[], Any], repeats: int) -> GpuWork:
+    """Instead of `kernels_on_gpu`, without a GPU: only does the work."""
+    for _ in range(repeats):
+        work()
+    return GpuWork(0, 0)
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cpu", action="store_true", help="run on the CPU: counts and host times")
+    parser.add_argument("--cpu", action="store_true", help="run on the CPU: counts")
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--losses", nargs="+", choices=VARIANTS, metavar="LOSS", default=DEFAULT_VARIANTS)
-    parser.add_argument("--tokens", nargs="+", type=int, default=[4096, 16384, 65536], help="per micro-batch, for GPU times")
+    parser.add_argument("--tokens", nargs="+", type=int, default=list(TOKENS), help="per micro-batch, for GPU times")
     parser.add_argument("--router-dtype", choices=["fp32", "model"], default="fp32", help="Megatron's --moe-router-dtype")
     parser.add_argument("--rounds", type=int, default=20, help="timed rounds per loss")
     parser.add_argument("--steps", action="store_true", help="with --cpu: only the launches of whole steps, of the first model")
@@ -325,12 +432,15 @@ def parse_arguments() -> argparse.Namespace:
     if BASELINE not in args.losses:
         args.losses.insert(0, BASELINE)
     if not args.cpu and not torch.cuda.is_available():
-        parser.error("no CUDA device; allowed without one: --cpu, which counts launches and bytes and measures the host only")
+        parser.error("no CUDA device; without one use --cpu, which counts launches and bytes")
     return args
 
 
 def main() -> None:
     """Measure and print the report on rank 0."""
+    if "--json" in sys.argv:
+        as_stage()
+        return
     args = parse_arguments()
     if args.cpu:
         import megatron_cpu
@@ -344,7 +454,7 @@ def main() -> None:
     for model in [] if args.steps else args.models:
         size = MODELS[model]
         parts.append(f"\n### {model}: {size.experts} experts, top-{size.topk}, hidden {size.hidden}\n")
-        parts.append(report_counts(model, args.losses, router_dtype, args.rounds, args.list_ops))
+        parts.append(report_counts(model, args.losses, router_dtype, args.list_ops))
         if args.cpu:
             parts.append("\nGPU times: not measured, no CUDA device.")
         else:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from models import ModelSize
-from torch import Tensor
+from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
@@ -32,20 +32,26 @@ class Variant:
     plain: bool = False
 
     @contextmanager
-    def active(self) -> Iterator[Any]:
-        """Megatron with this loss while inside; gives the registration's handle, if there is one."""
+    def active(self, *chunks: nn.Module) -> Iterator[Any]:
+        """Megatron with this loss while inside; gives the registration's handle, if there is one.
+
+        Args:
+            chunks: model chunks that Megatron's DDP does not wrap.
+        """
         import megatron_global_lbl as lbl
 
         with plain_path() if self.plain else nullcontext():
             with lbl.registered(**dict(self.register)) if self.register else nullcontext() as handle:
+                for chunk in chunks if self.register else ():
+                    lbl.chunk(chunk)
                 yield handle
 
     @property
     def has_metrics(self) -> bool:
-        """Whether something looks on."""
-        return "metrics" in dict(self.register)
+        """Micro-batches are recorded."""
+        return "metrics" in dict(self.register or ())
 
-    def choose(self, model: list[torch.nn.Module]) -> None:
+    def choose(self, model: list[nn.Module]) -> None:
         """Let the routers of a model use Megatron's side of this loss; the model was built with both `aux_loss` and
         `global_aux_loss`, and so has the state that either needs."""
         from megatron.core.transformer.moe.router import TopKRouter
@@ -75,22 +81,16 @@ VARIANTS = {
     "global_aux_loss": Variant("global_aux_loss"),
     "dp": Variant("aux_loss", (("scope", "dp"),)),
     "global": Variant("aux_loss", (("scope", "global"),)),
-    "dp blocking": Variant("aux_loss", (("scope", "dp"), ("sync", "blocking"))),
-    "global blocking": Variant("aux_loss", (("scope", "global"), ("sync", "blocking"))),
-    "window": Variant("aux_loss", (("scope", "window"),)),
     # With the metrics that Megatron's log shows.
     "dp brief": Variant("aux_loss", (("scope", "dp"), ("metrics", "brief"))),
     "global brief": Variant("aux_loss", (("scope", "global"), ("metrics", "brief"))),
     "global detailed": Variant("aux_loss", (("scope", "global"), ("metrics", "detailed"))),
-    "window brief": Variant("aux_loss", (("scope", "window"), ("metrics", "brief"))),
     # The others are these on a machine without a GPU.
     "dp plain": Variant("aux_loss", (("scope", "dp"),), plain=True),
     "global plain": Variant("aux_loss", (("scope", "global"),), plain=True),
-    "window plain": Variant("aux_loss", (("scope", "window"),), plain=True),
 }
 DEFAULT_VARIANTS = [name for name in VARIANTS if " " not in name]
-# What a step's time is asked of: waiting on the spot, and metrics, with the scope that most will choose.
-STEP_VARIANTS = ["aux_loss", "global_aux_loss", "dp", "global", "global blocking", "global brief", "window"]
+STEP_VARIANTS = ["aux_loss", "global_aux_loss", "dp", "global", "global brief"]
 BASELINE = "none"
 COEFF = 1e-2
 
@@ -108,11 +108,11 @@ def start(*, gpu: bool) -> None:
     start_megatron()
 
 
-def start_megatron() -> None:
+def start_megatron(*, gloo: bool = True) -> None:
     """Megatron's groups in a process group that exists: all ranks data-parallel."""
     from megatron.core import parallel_state, tensor_parallel
 
-    parallel_state.initialize_model_parallel()
+    parallel_state.initialize_model_parallel(create_gloo_process_groups=gloo)
     tensor_parallel.model_parallel_cuda_manual_seed(1)
 
 
@@ -124,13 +124,33 @@ def stop() -> None:
     dist.destroy_process_group()
 
 
-def build(model: ModelSize, variant: Variant, router_dtype: str | None):
-    """Megatron's `TopKRouter` of a bf16 model, on the device, in training mode.
+class Stack(nn.Module):
+    """The routers of a model chunk on one input: a call is a micro-batch, and gives their probabilities.
+
+    Attributes:
+        recompute: every router is recomputed in the backward.
+    """
+
+    def __init__(self, routers: list[nn.Module], recompute: bool = False) -> None:
+        super().__init__()
+        self.routers, self.recompute = nn.ModuleList(routers), recompute
+
+    def forward(self, hidden: Tensor) -> list[Tensor]:
+        if self.recompute:
+            from megatron.core.tensor_parallel import checkpoint
+
+            return [checkpoint(lambda x, router=router: router(x)[0], False, hidden) for router in self.routers]
+        return [router(hidden)[0] for router in self.routers]
+
+
+def build(model: ModelSize, variant: Variant, router_dtype: str | None, *, layers: int) -> Stack:
+    """Megatron's `TopKRouter`s of a bf16 model, on the device, in training mode.
 
     Args:
         model: its size.
-        variant: its loss; enter `variant.active()` around forward and backward.
+        variant: its loss; enter `variant.active(stack)` around forward and backward.
         router_dtype: Megatron's `--moe-router-dtype`; None computes the logits in bf16.
+        layers: how many.
     """
     from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.core.transformer import TransformerConfig
@@ -141,7 +161,7 @@ def build(model: ModelSize, variant: Variant, router_dtype: str | None):
     if variant.upstream != "none":
         options["moe_aux_loss_coeff"] = COEFF
     config = TransformerConfig(
-        num_layers=model.moe_layers,
+        num_layers=layers,
         hidden_size=model.hidden,
         num_attention_heads=8,
         num_moe_experts=model.experts,
@@ -154,13 +174,14 @@ def build(model: ModelSize, variant: Variant, router_dtype: str | None):
         use_cpu_initialization=not torch.cuda.is_available(),
         **options,
     )
-    router = TopKRouter(config=config, pg_collection=ProcessGroupCollection.use_mpu_process_groups())
-    router.set_layer_number(1)
-    # What Float16Module does to a model, buffers included.
-    router = router.bfloat16().to(device_of_tensors()).train()
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    routers = [TopKRouter(config=config, pg_collection=groups) for _ in range(layers)]
+    for number, router in enumerate(routers, 1):
+        router.set_layer_number(number)
     # As the schedule does before each backward, with 8 micro-batches.
     MoEAuxLossAutoScaler.set_loss_scale(torch.ones(1, device=device_of_tensors()) / 8)
-    return router
+    # What Float16Module does to a model, buffers included.
+    return Stack(routers).bfloat16().to(device_of_tensors()).train()
 
 
 def device_of_tensors() -> torch.device:
@@ -177,10 +198,15 @@ def micro_batch(model: ModelSize, tokens: int) -> tuple[Tensor, Tensor]:
     return hidden.requires_grad_(), gradient
 
 
-def end_of_step(*routers) -> None:
+def backward(outputs: list[Tensor], gradient: Tensor) -> None:
+    """That of a micro-batch, with the same gradient of every router's probabilities."""
+    torch.autograd.backward(outputs, [gradient.to(outputs[0].dtype)] * len(outputs))
+
+
+def end_of_step(stack: Stack) -> None:
     """What happens once per step for these losses: the plugin's step end, upstream's reset."""
     import megatron_global_lbl as lbl
 
     lbl.end_step()
-    for router in routers:
+    for router in stack.routers:
         router.reset_global_aux_loss_tracker()

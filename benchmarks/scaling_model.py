@@ -1,6 +1,6 @@
 """What the load-balancing losses add to a training step on 64 to 16,384 GPUs: a model, not a measurement.
 
-    python benchmarks/scaling_model.py            # the table of docs/scaling.md
+    python benchmarks/scaling_model.py            # the table of the newest report DATE-scaling-model.md
 
 Imports nothing but the standard library. Times in microseconds, sizes in bytes.
 """
@@ -34,8 +34,7 @@ BACKWARD_OVER_FORWARD = 2.0  # two matrix products per forward one; no recompute
 AFTER_ROUTER = 0.5  # assumed share of a layer's time behind its router: its experts (attention is before it)
 
 UPSTREAM_BYTES = 8  # per expert: Megatron's global_aux_loss sends int64
-BYTES = 4  # per expert: dp and global send int32
-WINDOW_BYTES = 8  # window sends int64 per expert, and the number of micro-batches
+BYTES = 4  # per expert and layer: dp and global send int32, all layers of a stage together
 
 
 @dataclass(frozen=True)
@@ -45,6 +44,7 @@ class Training:
     Attributes:
         model: key of `MODELS`.
         active: parameters that a token uses, without embedding and output layer.
+        head: parameters of the output layer.
         layers: transformer layers that `active` is spread over.
         pipeline: pipeline stages.
         micro_batches: per step.
@@ -55,6 +55,7 @@ class Training:
 
     model: str
     active: float
+    head: float
     layers: int
     pipeline: int
     micro_batches: int
@@ -73,8 +74,22 @@ class Training:
     @property
     def layer_forward(self) -> float:
         """Forward of one layer and micro-batch on one GPU."""
-        flops = 2 * self.active / self.layers * self.tokens
-        return flops / (H100_BF16_FLOPS_PER_US * MODEL_FLOPS_UTILISATION)
+        return self._forward(self.active / self.layers)
+
+    @property
+    def head_forward(self) -> float:
+        """Forward of the output layer, which the last pipeline stage has."""
+        return self._forward(self.head)
+
+    def _forward(self, parameters: float) -> float:
+        return 2 * parameters * self.tokens / (H100_BF16_FLOPS_PER_US * MODEL_FLOPS_UTILISATION)
+
+    @property
+    def hides(self) -> float:
+        """Between the start of a micro-batch's all-reduce, at the end of its forward, and the first router's backward on the
+        last stage: the backward of the output layer and of the last layer's experts. Other stages, and other micro-batches
+        under 1F1B, only add time to hide in."""
+        return BACKWARD_OVER_FORWARD * (self.head_forward + AFTER_ROUTER * self.layer_forward)
 
     @property
     def slots(self) -> int:
@@ -91,6 +106,7 @@ TRAININGS = [
     Training(
         "qwen3-30b-a3b",
         3.3e9 - 2 * 151_936 * 2048,
+        151_936 * 2048,
         48,
         1,
         8,
@@ -100,13 +116,23 @@ TRAININGS = [
     Training(
         "deepseek-v3",
         37e9 - 2 * 129_280 * 7168,
+        129_280 * 7168,
         61,
         16,
         64,
         128,
         "37 B active parameters, 16 pipeline stages (arXiv 2412.19437), less embedding and output layer (129,280 x 7168)",
     ),
-    Training("paper-3.4b-a0.6b", 0.6e9, 24, 1, 8, 8, "0.6 B active parameters (arXiv 2501.11873); 24 layers assumed"),
+    Training(
+        "paper-3.4b-a0.6b",
+        0.6e9,
+        151_936 * 1024,
+        24,
+        1,
+        8,
+        8,
+        "0.6 B active parameters (arXiv 2501.11873); 24 layers, vocabulary 151,936 and hidden 1024 assumed",
+    ),
 ]
 GPUS = [64, 1024, 16384]
 
@@ -121,61 +147,22 @@ def all_reduce(ranks: int, payload: int, slowdown: float = 1.0) -> float:
     return slowdown * (NCCL_BASE + 2 * hops + payload / NCCL_BYTES_PER_US)
 
 
-def overlapped_wait(layers: int, layer_forward: float, latency: float) -> float:
-    """How long one micro-batch's backward waits in sum, if every layer's forward starts a reduction.
-
-    The reductions of a group run one after the other. The last layer has the least time: only its own experts, forward and
-    backward, lie between the start and the wait. The output layer and the loss between them are left out, and so is what
-    other micro-batches put between them under 1F1B; both only add time to hide in.
-    """
-    layer_backward = layer_forward * BACKWARD_OVER_FORWARD
-    done = [0.0]
-    for layer in range(layers):
-        started = (layer + 1 - AFTER_ROUTER) * layer_forward
-        done.append(max(done[-1], started) + latency)
-    now, waited = layers * layer_forward, 0.0
-    for finished in reversed(done[1:]):
-        now += AFTER_ROUTER * layer_backward
-        waited += max(0.0, finished - now)
-        now = max(now, finished) + (1 - AFTER_ROUTER) * layer_backward
-    return waited
-
-
-def layer_time_that_hides(layers: int, latency: float) -> float:
-    """The forward time of a layer below which the latency starts to show with overlap (bisection to 0.1 us)."""
-    low, high = 0.0, 10 * latency + 1.0
-    while high - low > 0.1:
-        middle = (low + high) / 2
-        low, high = (low, middle) if overlapped_wait(layers, middle, latency) <= 0 else (middle, high)
-    return high
-
-
 @dataclass(frozen=True)
 class Added:
-    """Microseconds that a step takes longer than without any collective for the loss."""
+    """Microseconds that a step takes longer than without any collective for the loss, and the latency of `dp` and `global`."""
 
     latency: float
     upstream: float
-    overlap: float
-    window: float
-    hidden_from: float
+    ours: float
 
 
 def added(training: Training, gpus: int, slowdown: float) -> Added:
     """The model for one training on `gpus` GPUs; TP = CP = 1, so the data-parallel size is gpus / pipeline."""
     ranks, layers = gpus // training.pipeline, training.moe_layers_per_stage
     upstream = all_reduce(ranks, training.size.experts * UPSTREAM_BYTES, slowdown)
-    ours = all_reduce(ranks, training.size.experts * BYTES, slowdown)
-    packed = all_reduce(ranks, layers * (training.size.experts + 1) * WINDOW_BYTES, slowdown)
-    return Added(
-        ours,
-        # Its all-reduce stands in the forward of every layer of every micro-batch.
-        training.slots * layers * upstream,
-        training.slots * overlapped_wait(layers, training.layer_forward, ours),
-        # Started at the end of a step, needed in the first backward of the next: a stage's forward (and the optimizer) between.
-        max(0.0, packed - layers * training.layer_forward),
-        layer_time_that_hides(layers, ours),
-    )
+    ours = all_reduce(ranks, layers * training.size.experts * BYTES, slowdown)
+    # Upstream's all-reduce stands in the forward of every layer of every micro-batch.
+    return Added(ours, training.slots * layers * upstream, training.slots * max(0.0, ours - training.hides))
 
 
 HEAD = [
@@ -184,6 +171,7 @@ HEAD = [
     "all-reduce, us",
     "tokens",
     "a layer's forward, us",
+    "hides, us",
     "`global_aux_loss` adds",
     "`dp`, `global` add",
     "add nothing from, tokens",
@@ -200,7 +188,7 @@ def compared() -> Iterator[tuple[Training, int]]:
 
 
 def table() -> str:
-    """The Markdown of docs/scaling.md: what the models are, and one table of what losses add to their step."""
+    """Markdown: what the models are, and one table of what losses add to their step."""
     lines = []
     for training in TRAININGS:
         size, stages = training.size, f"{training.pipeline} pipeline stage" + "s" * (training.pipeline > 1)
@@ -214,7 +202,7 @@ def table() -> str:
 
 
 def _row(training: Training, gpus: int) -> list[str]:
-    layer, step = training.layer_forward, training.step
+    step = training.step
     both = [added(training, gpus, slowdown) for slowdown in (1.0, SLOW_CLUSTER)]
 
     def of_step(times: list[float]) -> str:
@@ -225,10 +213,11 @@ def _row(training: Training, gpus: int) -> list[str]:
         f"{gpus:,}",
         " / ".join(f"{one.latency:.0f}" for one in both),
         f"{training.tokens:,}",
-        f"{layer:,.0f}",
+        f"{training.layer_forward:,.0f}",
+        f"{training.hides:,.0f}",
         of_step([one.upstream for one in both]),
-        of_step([one.overlap for one in both]),
-        " / ".join(f"{math.ceil(one.hidden_from / layer * training.tokens):,}" for one in both),
+        of_step([one.ours for one in both]),
+        " / ".join(f"{math.ceil(one.latency / training.hides * training.tokens):,}" for one in both),
     ]
 
 

@@ -24,8 +24,8 @@
 #                      with more than one node on a file system that all of them share, and so LBL_METRICS_DIR
 #   LBL_METRICS_DIR    --moe-lbl-metrics-dir; empty: no record of the balance [RUN_DIR/balance, none without RUN_DIR]
 #   SAVE_INTERVAL      steps between checkpoints [500]
-#   LBL_SCOPE          --moe-lbl-scope: micro, dp, global or window [global]
-#   LBL_WINDOW_STEPS LBL_GROUP_SIZE    --moe-lbl-window-steps, --moe-lbl-group-size [the plugin's]
+#   LBL_SCOPE          --moe-lbl-scope: micro, dp or global [global]
+#   LBL_GROUP_SIZE     --moe-lbl-group-size [the plugin's]
 #   GPUS_PER_NODE      processes on this node [what SLURM gave, else 8; CPU=1: 4 in all]
 #   NNODES NODE_RANK MASTER_ADDR MASTER_PORT           for more than one node: start this on each [1 0 localhost 29500]
 set -euo pipefail
@@ -155,11 +155,10 @@ if [[ -n ${RUN_DIR:-} ]]; then
 fi
 
 case ${LBL_SCOPE:=global} in
-  micro | dp | global | window) ;;
-  *) fail "LBL_SCOPE $LBL_SCOPE: unknown; allowed: micro, dp, global, window" ;;
+  micro | dp | global) ;;
+  *) fail "LBL_SCOPE $LBL_SCOPE: unknown; allowed: micro, dp, global" ;;
 esac
 lbl=(--moe-lbl-scope "$LBL_SCOPE")
-[[ -n ${LBL_WINDOW_STEPS:-} ]] && lbl+=(--moe-lbl-window-steps "$LBL_WINDOW_STEPS")
 [[ -n ${LBL_GROUP_SIZE:-} ]] && lbl+=(--moe-lbl-group-size "$LBL_GROUP_SIZE")
 [[ -n ${LBL_METRICS_DIR:-} ]] && lbl+=(--moe-lbl-metrics-dir "$LBL_METRICS_DIR")
 

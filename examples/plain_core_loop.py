@@ -75,8 +75,7 @@ def forward_step(data, model):
 def main() -> None:
     """Train, and print the loss and the load-balancing loss of every step on rank 0."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--scope", default="global", help="micro, dp, global or window")
-    parser.add_argument("--window-steps", type=int, help="steps that scope window counts over")
+    parser.add_argument("--scope", default="global", help="micro, dp or global")
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--distributed-backend", choices=["nccl", "gloo"], default="nccl")
     parser.add_argument("--own-step-end", action="store_true", help="reduce the gradients without finalize_model_grads")
@@ -88,7 +87,7 @@ def main() -> None:
     tensor_parallel.model_parallel_cuda_manual_seed(1234)
 
     # (1) On every rank, before the first step; before or after the model is built.
-    lbl.register(scope=args.scope, window_steps=args.window_steps)
+    lbl.register(scope=args.scope)
 
     model = build_model()
     optimizer = get_megatron_optimizer(OptimizerConfig(optimizer="adam", lr=3e-3), [model])

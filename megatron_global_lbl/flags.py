@@ -7,19 +7,24 @@ rank, before training: a setting that cannot work ends the run with one line, wh
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import re
 import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import NoReturn
 
 from megatron_global_lbl import registry
-from megatron_global_lbl.hook.arguments import data_parallel_size
 from megatron_global_lbl.hook.versions import UnsupportedMegatron
-from megatron_global_lbl.settings import DEFAULT_WINDOW_STEPS, ConfigError, Detail, Scope, Settings
+from megatron_global_lbl.settings import ConfigError, Detail, Scope, Settings, did_you_mean, flag
 
+FLAGS = [flag(name) for name in Settings.__dataclass_fields__]
+NEAR = 0.8
+"""Megatron's own flags are less like these."""
 GROUP = "mixture-of-experts load-balancing loss"
+_parsers: list[argparse.ArgumentParser] = []  # may get flags of others, too
 # How much later than the others a rank may come to the flags: it imports the same files, from a disk that is shared.
 START_SKEW_SECONDS = 10
 
@@ -34,29 +39,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """
     if "--moe-lbl-scope" in parser._option_string_actions:
         return parser
+    _parsers.append(parser)
+    _name_near_misses(parser)
     yaml_file = _yaml_file()
     dropped = [] if yaml_file is None else [*_given(), *_keys_of(yaml_file)]
     if dropped:
-        raise end_run(f"{dropped[0]} has no effect with --yaml-cfg, which replaces all arguments; allowed: without it")
+        raise end_run(f"{dropped[0]} has no effect with --yaml-cfg, which replaces all arguments; remove one of the two")
     group = parser.add_argument_group(title=GROUP)
     group.add_argument(
         "--moe-lbl-scope",
         default="micro",
-        metavar="{micro,dp,global,window}",
+        metavar="{micro,dp,global}",
         help="Tokens over which the expert frequencies f of the load-balancing loss are counted: this micro-batch on this "
-        "data-parallel rank (micro: Megatron's own loss, untouched), on all data-parallel ranks (dp), the whole global batch "
-        "(global), or the last completed steps (window: experimental, many steps trained worse than global). Default: micro.",
-    )
-    group.add_argument(
-        "--moe-lbl-window-steps",
-        metavar="W",
-        help=f"Optimizer steps that scope window counts over, >= 1. Default: {DEFAULT_WINDOW_STEPS}.",
+        "data-parallel rank (micro: Megatron's own loss, untouched), on all data-parallel ranks (dp), or the whole global "
+        "batch (global). Default: micro.",
     )
     group.add_argument(
         "--moe-lbl-micro-coeff",
         metavar="A",
         default=0.0,
-        help="Coefficient of a micro-batch load-balancing loss that is added. Default: 0 (none).",
+        help="Coefficient of a micro-batch load-balancing loss that is added, at most 1. Default: 0 (none).",
     )
     group.add_argument(
         "--moe-lbl-start-iter",
@@ -70,14 +72,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         help="Count over groups of N data-parallel ranks; must divide their number. Default: all.",
     )
     group.add_argument(
-        "--moe-lbl-sync",
-        metavar="{overlap,blocking}",
-        help="Hide the reduction of the counts behind compute, or wait for it on the spot. Default: overlap.",
-    )
-    group.add_argument(
         "--moe-lbl-metrics",
         metavar="{brief,detailed,off}",
-        help="The balance in Megatron's log, TensorBoard and W&B once per log interval, under moe-lbl/: mean and worst layer "
+        help="The balance in Megatron's log, TensorBoard and W&B once per log interval, under moe_lbl/: mean and worst layer "
         "(brief), or more measures and percentiles over layers (detailed). Default: brief, but off with scope micro and no "
         "--moe-lbl-metrics-dir, and with CUDA graphs.",
     )
@@ -100,15 +97,15 @@ def activate(args: argparse.Namespace) -> registry.Handle | None:
         SystemExit: after one line on stderr, if anything about them cannot work.
     """
     try:
-        settings = Settings.create(
-            **{name: getattr(args, f"moe_lbl_{name}") for name in Settings.__dataclass_fields__},
-        )
+        _refuse_near_misses()
+        settings = Settings.create(**{name: getattr(args, f"moe_lbl_{name}") for name in Settings.__dataclass_fields__})
         if settings == Settings(scope=Scope.MICRO) and not _given():
             return None
         if settings.scope is not Scope.MICRO or settings.observes:
-            from megatron_global_lbl.hook import compatibility, refusals  # here: `doctor` reads the flags without PyTorch
+            from megatron_global_lbl.hook import refusals  # here: `doctor` reads the flags without PyTorch
 
-            if settings.metrics is None and compatibility.cuda_graphs(args) == "none":
+            _refuse_arguments(args, settings)
+            if settings.metrics is None:
                 settings = replace(settings, metrics=Detail.BRIEF)
             refusals.refuse_arguments(args, settings)
         known = registry.active()
@@ -118,10 +115,56 @@ def activate(args: argparse.Namespace) -> registry.Handle | None:
     for name in Settings.__dataclass_fields__:  # what later readers of the arguments see: checked values
         value = getattr(settings, name)
         setattr(args, f"moe_lbl_{name}", getattr(value, "value", value))
-    if handle is not known and int(os.environ.get("RANK", "0")) == 0:
-        for line in describe(args, settings):
-            print(f"> moe-lbl: {line}", flush=True)
+    if handle is not known and registry.is_first_rank():
+        print("\n".join(f"> moe-lbl: {line}" for line in settings.in_words()), flush=True)
     return handle
+
+
+def _name_near_misses(parser: argparse.ArgumentParser) -> None:
+    """Let argparse's error name the flag that was meant: after a usage of hundreds of lines it is what is read."""
+    original = parser.error
+
+    def error(message: str) -> NoReturn:
+        words = [word.partition("=")[0] for word in message.split()] if message.startswith("unrecognized") else []
+        hints = [did_you_mean(word, FLAGS, cutoff=NEAR) for word in words if word.startswith("--")]
+        if "--cpu" in words:
+            hints.append("; --cpu belongs before the script")
+        original(message + "".join(hints))
+
+    parser.error = error  # type: ignore[method-assign]
+
+
+def _refuse_near_misses() -> None:
+    """
+    Raises:
+        ConfigError: a flag that is none of these, and none of Megatron's, in a script that parses only what it knows.
+    """
+    known = {*FLAGS, *(option for parser in _parsers for option in parser._option_string_actions)}
+    for argument in sys.argv[1:]:
+        name = argument.partition("=")[0]
+        if name.startswith("--") and name not in known:
+            hint = did_you_mean(name, FLAGS, cutoff=NEAR)
+            if hint or name.startswith("--moe-lbl-"):
+                raise ConfigError(f"{name}: unknown flag{hint or f'; allowed: {chr(44).join(FLAGS)}'}")
+
+
+def _refuse_arguments(args: argparse.Namespace, settings: Settings) -> None:
+    """
+    Raises:
+        ConfigError: coefficients that do not fit the types (a TypeError in Megatron), or a scope that would never begin.
+    """
+    kinds, coeffs = args.moe_router_load_balancing_type, args.moe_aux_loss_coeff
+    numbers = [len(value) if isinstance(value, (list, tuple)) else 1 for value in (kinds, coeffs)]
+    if numbers[0] != numbers[1]:
+        raise ConfigError(
+            f"--moe-aux-loss-coeff has {numbers[1]} and --moe-router-load-balancing-type {numbers[0]} values; give one "
+            "coefficient for each type, in that order"
+        )
+    last = getattr(args, "train_iters", None)
+    if last is not None and settings.start_iter >= last > 0:
+        raise ConfigError(
+            f"{flag('start_iter')} {settings.start_iter}: the training ends before, with --train-iters {last}; allowed: less"
+        )
 
 
 def _given() -> list[str]:
@@ -139,9 +182,11 @@ def _yaml_file() -> str | None:
 
 def _keys_of(yaml_file: str) -> list[str]:
     """Keys of a YAML file that look like the flags, at any depth."""
-    if not Path(yaml_file).is_file():  # Megatron says that it is missing
+    try:
+        text = Path(yaml_file).read_text(encoding="utf-8", errors="replace")
+    except OSError:  # Megatron says why
         return []
-    return re.findall(r"^\s*(moe_lbl_\w+)\s*:", Path(yaml_file).read_text(encoding="utf-8"), re.MULTILINE)
+    return re.findall(r"^\s*(moe_lbl_\w+)\s*:", text, re.MULTILINE)
 
 
 def end_run(error: str) -> SystemExit:
@@ -157,37 +202,21 @@ def end_run(error: str) -> SystemExit:
     return SystemExit(1)
 
 
-def describe(args: argparse.Namespace, settings: Settings) -> list[str]:
-    """The effective setting in words: scope, Balance BSZ in sequences, and what changes by it."""
-    all_ranks = data_parallel_size(args)
-    ranks = settings.group_size or all_ranks
-    micro_batches = args.global_batch_size // (args.micro_batch_size * all_ranks)
-    factors = [(args.micro_batch_size, "")]
-    if settings.scope in (Scope.GLOBAL, Scope.WINDOW):
+def balance_batch(settings: Settings, *, micro_batch_size: int, global_batch_size: int, data_parallel_size: int) -> list[str]:
+    """The Balance BSZ of these sizes, in words: the sequences over which f would be counted."""
+    micro_batches = global_batch_size // (micro_batch_size * data_parallel_size)
+    factors = [(micro_batch_size, "")]
+    if settings.scope is Scope.GLOBAL:
         factors.insert(0, (micro_batches, "micro-batches"))
     if settings.scope is not Scope.MICRO:
-        of_all = f" of {all_ranks}" if settings.group_size else ""
-        factors.insert(0, (ranks, f"dp ranks{of_all}"))
-    if settings.window_steps:
-        factors.append((settings.window_steps, "steps" if settings.window_steps > 1 else "step"))
-    total = 1
-    for number, _ in factors:
-        total *= number
+        of_all = f" of {data_parallel_size}" if settings.group_size else ""
+        factors.insert(0, (settings.group_size or data_parallel_size, f"dp ranks{of_all}"))
+    total = math.prod(number for number, _ in factors)
     product = " x ".join(f"{number} {what}".strip() for number, what in factors)
-    lines = [f"scope {settings.scope.value}; f counted over {total} sequences: {product}"]
-    if settings.scope is Scope.MICRO:
-        lines[0] += " (Megatron's own loss, untouched)"
-    elif settings.scope is not Scope.WINDOW and total == args.micro_batch_size:
+    lines = [f"scope {settings.scope.value}; f would be counted over {total} sequences: {product}"]
+    if settings.scope is not Scope.MICRO and total == micro_batch_size:
         lines.append(
             f"!! scope {settings.scope.value} equals micro here: f is counted over one micro-batch of one data-parallel rank; "
             f"{'scope global counts' if micro_batches > 1 else 'more micro-batches or ranks count'} over more"
         )
-    if getattr(args, "rampup_batch_size", None):
-        lines.append("the number is for the full batch; it is smaller while --rampup-batch-size ramps up")
-    if settings.start_iter:
-        lines.append(f"scope micro before iteration {settings.start_iter}")
-    if settings.micro_coeff:
-        lines.append(f"micro-batch loss added with coefficient {settings.micro_coeff:g}")
-    if settings.metrics_dir:
-        lines.append(f"balance record in {settings.metrics_dir}")
-    return lines
+    return [*lines, *settings.in_words()[1:]]

@@ -2,20 +2,34 @@
 
 from __future__ import annotations
 
+import atexit
 import functools
+import multiprocessing
+import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Union
+from typing import TYPE_CHECKING, Union
 
-from megatron_global_lbl.settings import ConfigError, Scope, Settings
+from megatron_global_lbl.settings import VARIABLE, ConfigError, Scope, Settings
 
 if TYPE_CHECKING:
     from torch import nn
 
+    from megatron_global_lbl.metrics.directory import RecordDirectory
+
 Model = Union["nn.Module", "list[nn.Module]"]
-STATE_FORMAT = 2
 
 _active: Handle | None = None
+was_used = False
+"""Whether this process has ever registered."""
+
+
+def _nothing(settings: Settings) -> None: ...
+
+
+ask_first: Callable[[Settings], None] = _nothing
+"""Called by `register`: startup.py ends the registration of the environment variable if that is for other settings."""
 
 
 class Handle:
@@ -23,25 +37,29 @@ class Handle:
 
     Attributes:
         settings: what was registered, defaults filled in.
+        by_environment: by the variable MEGATRON_GLOBAL_LBL (startup.py).
         hooked: dotted paths of the Megatron symbols that are replaced.
         loss_paths: by MoE layer, how its last forward in scope computed the loss: "fused: ..." by Triton kernels, or "plain:
             ..." with the reason. The environment variable MEGATRON_GLOBAL_LBL_FUSED chooses (core/fused/choice.py).
     """
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, iteration: Callable[[], int] | None = None, by_environment: bool = False) -> None:
         # Here, because the flags and `megatron-lbl patch` must work without PyTorch.
         import torch
 
-        from megatron_global_lbl.core.engine import Engine
+        from megatron_global_lbl.core.forward import Forwards
+        from megatron_global_lbl.core.step import Steps
+        from megatron_global_lbl.hook.announcement import Announcement
         from megatron_global_lbl.hook.compatibility import pipeline_group
         from megatron_global_lbl.hook.patching import Patches
-        from megatron_global_lbl.hook.step import current_iteration
+        from megatron_global_lbl.hook.step import StepHooks, current_iteration
         from megatron_global_lbl.hook.versions import installed_version, require_supported
-        from megatron_global_lbl.metrics.directory import RecordDirectory
         from megatron_global_lbl.metrics.metrics import Metrics
 
         require_supported()
         self.settings = settings
+        self.by_environment = by_environment
+        clock = current_iteration if iteration is None else iteration
         self._directory: RecordDirectory | None = None
         self._metrics: Metrics | None = None
         if settings.observes:
@@ -49,12 +67,17 @@ class Handle:
 
             versions = {"megatron_core": installed_version(), "torch": torch.__version__, "megatron_global_lbl": __version__}
             self._metrics = Metrics(settings, versions, current_iteration, pipeline_group)
-        self._engine = Engine(settings, current_iteration, self._metrics)
+        self._steps = Steps(settings, clock, self._metrics)
+        self._forwards = Forwards(self._steps)
+        self._announcement = Announcement(settings)
         self._patches = Patches()
+        self._hooks: StepHooks | None = None
         self._stop_waiting: list[Callable[[], None]] = []
         try:
-            if settings.metrics_dir is not None:
-                self._directory = RecordDirectory(settings.metrics_dir)
+            if by_environment and self._metrics is not None:  # many processes register, and one of them writes
+                self._metrics.before_first = self._hold_directory
+            else:
+                self._hold_directory()
             self._install()
         except BaseException:
             self._let_go()
@@ -64,26 +87,36 @@ class Handle:
     def _let_go(self) -> None:
         for stop in self._stop_waiting:
             stop()
+        if self._hooks is not None:
+            self._hooks.remove()
+        if self._metrics is not None:
+            self._metrics.close()
         if self._directory is not None:
             self._directory.release()
 
     def _install(self) -> None:
         if self.settings.scope is Scope.MICRO and self._metrics is None:
             return  # Megatron as it is
-        from megatron_global_lbl.hook import checkpoint, imports, recomputation, rerun, router, step, training_log, versions
+        from megatron_global_lbl.hook import imports, metrics_log, recompute, rerun, router, step, versions
 
         versions.say_preview()
 
-        for hook in (router, recomputation, step, rerun):
-            hook.install(self._patches, self._engine)
-        # Megatron-Core can be used without the training loop, whose checkpoints carry the window (else see `state_dict`) and
-        # whose log shows the metrics; and a script may import that loop after it has registered.
-        if self.settings.scope is Scope.WINDOW:
-            save = functools.partial(checkpoint.install, self._patches, self._engine)
-            self._stop_waiting.append(imports.when_imported(checkpoint.CHECKPOINTING, save))
+        bypasses = router.install(self._patches, self._forwards)
+        recompute.install(self._patches, self._forwards.recompute)
+        self._hooks = step.StepHooks(self._steps, bypasses, self._announcement)
+        step.install(self._patches, self._steps, self._hooks)
+        rerun.install(self._patches, self._steps)
+        # Megatron-Core can be used without the training loop, whose log shows the metrics; and a script may import that loop
+        # after it has registered.
         if self._metrics is not None:
-            show = functools.partial(training_log.install, self._patches, self._metrics)
-            self._stop_waiting.append(imports.when_imported(training_log.TRAINING, show))
+            show = functools.partial(metrics_log.install, self._patches, self._metrics)
+            self._stop_waiting.append(imports.when_imported(metrics_log.TRAINING, show))
+
+    def _hold_directory(self) -> None:
+        from megatron_global_lbl.metrics.directory import RecordDirectory
+
+        if self.settings.metrics_dir is not None and self._metrics is not None and self._directory is None:
+            self._directory = self._metrics.directory = RecordDirectory(self.settings.metrics_dir)
 
     @property
     def hooked(self) -> list[str]:
@@ -91,30 +124,35 @@ class Handle:
 
     @property
     def loss_paths(self) -> dict[str, str]:
-        return self._engine.loss_paths
+        return self._steps.loss_paths
+
+    @property
+    def has_acted(self) -> bool:
+        """True once a router was trained in this process."""
+        return self._steps.was_used
 
     def remove(self) -> None:
-        """Put back every symbol of Megatron; doing it again changes nothing.
+        """Restore every patched symbol. Idempotent.
 
         Raises:
-            RuntimeError: somebody else has replaced one of them since (the others are restored).
+            RuntimeError: one of them was replaced by other code since (the others are restored).
         """
         global _active
         if _active is self:
             _active = None
         self._let_go()
         try:
-            self._engine.close()
+            self._steps.close()
         finally:
             self._patches.restore()
 
     def metrics(self) -> dict[str, float]:
-        """The balance since the last call, as Megatron's log shows it, for a training loop of your own.
+        """The balance since the last call, as Megatron's log shows it, for a custom training loop.
 
         A collective: call it on every rank, after a step's end.
 
         Returns:
-            Numbers by key "moe-lbl/..." (docs/metrics.md), the same on every rank.
+            Numbers by key "moe_lbl/..." (docs/metrics.md), the same on every rank.
 
         With `metrics_dir` every step is an interval of the record, and this gives the last one.
 
@@ -128,44 +166,7 @@ class Handle:
     def discard_step(self) -> None:
         """Forget what was counted since the last step's end: a step has failed, in a loop without Megatron's DDP (whose
         `zero_grad_buffer` says so by itself). Call it on every rank."""
-        self._engine.discard()
-
-    def state_dict(self, model: Model | None = None) -> dict:
-        """What must travel in a checkpoint of a loop of your own: plain numbers, and tensors on the CPU.
-
-        It holds the MoE layers of this rank's pipeline stage: how many steps they completed, and in scope `window` the counts
-        [steps, groups, experts + 1] int64. Megatron's own checkpoints carry it without this.
-
-        Args:
-            model: whose layers; a module or the list of its chunks. Needed where several models are trained.
-
-        Raises:
-            ConfigError: several models were met, and none is named.
-        """
-        return {"format": STATE_FORMAT, "layers": self._engine.state(_routers_of(model))}
-
-    def load_state_dict(self, state: dict, model: Model | None = None) -> None:
-        """Continue from `state_dict()`: what a layer needs is taken up at its first forward, or now if that was before.
-
-        Args:
-            state: of any number of layers; those of other pipeline stages are left alone.
-            model: whose layers. Needed where several models are trained.
-
-        Raises:
-            ConfigError: several models were met, or one that is gone, and none is named; now or at the first forward, if the
-                state belongs to other experts, another top-k or other groups.
-        """
-        if state.get("format") != STATE_FORMAT:
-            raise ConfigError(f"state_dict of format {state.get('format')}: unknown; allowed: {STATE_FORMAT}")
-        self._engine.load(state["layers"], _routers_of(model))
-
-
-def _routers_of(model: Model | None) -> dict[str, Any] | None:
-    if model is None:
-        return None
-    from megatron_global_lbl.hook.models import routers_of
-
-    return routers_of(model)
+        self._steps.discard()
 
 
 def loss_path_on_gpu() -> str:
@@ -183,76 +184,120 @@ def active() -> Handle | None:
 def register(
     *,
     scope: str,
-    window_steps: int | None = None,
     micro_coeff: float = 0.0,
     start_iter: int = 0,
     group_size: int | None = None,
-    sync: str | None = None,
     metrics: str | None = None,
     metrics_dir: str | None = None,
+    iteration: Callable[[], int] | None = None,
 ) -> Handle:
     """Replace the load-balancing loss of every `TopKRouter` in this process.
 
     Call it before the first training step, on every rank; models built before and after are both covered. The arguments are
-    the flags `--moe-lbl-*` (docs/how-it-works.md) without their prefix. Registering twice with the same settings returns the
+    the flags `--moe-lbl-*` (docs/reference.md) without their prefix. Registering twice with the same settings returns the
     handle that exists.
 
     Args:
-        scope: "micro" (Megatron untouched), "dp", "global" or "window" (experimental).
-        window_steps: optimizer steps that `window` counts over, >= 1; 1 if not given.
+        scope: "micro" (Megatron untouched), "dp" or "global".
         micro_coeff: coefficient of a micro-batch LBL that is added.
         start_iter: `micro` before this 0-based iteration.
         group_size: data-parallel ranks per synchronisation group; all if not given.
-        sync: "overlap" or "blocking".
         metrics: "brief", "detailed" or "off": what Megatron's log and `Handle.metrics` show of the balance; off if not given.
         metrics_dir: where the balance record is written.
+        iteration: gives the 0-based iteration, for a training loop other than Megatron's: `start_iter` and the record use it.
+            Without it steps are counted from 0.
 
     Raises:
         ConfigError: a value that is not allowed, or a registration with other settings exists.
         UnsupportedMegatron: no Megatron-Core, an unsupported release, or a symbol that is not where it should be.
     """
-    global _active
     settings = Settings.create(
         scope=scope,
-        window_steps=window_steps,
         micro_coeff=micro_coeff,
         start_iter=start_iter,
         group_size=group_size,
-        sync=sync,
         metrics=metrics,
         metrics_dir=metrics_dir,
     )
+    ask_first(settings)
+    return register_settings(settings, iteration=iteration)
+
+
+def register_settings(settings: Settings, by_environment: bool = False, iteration: Callable[[], int] | None = None) -> Handle:
+    """`register` with checked settings."""
+    global _active, was_used
     if _active is not None:
         if _active.settings != settings:
             raise ConfigError(f"registered already with other settings: {_active.settings}; remove that handle first")
+        if iteration is not None:
+            _active._steps.clock = iteration
         return _active
-    _active = Handle(settings)
+    _active = Handle(settings, iteration, by_environment)
+    if not was_used:
+        atexit.register(_say_if_idle)
+    was_used = True
     return _active
+
+
+def is_first_rank() -> bool:
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def _say_if_idle() -> None:
+    """At exit, on the first rank: the process that registered was not the one that trains. An uncaught error says enough."""
+    if _active is None or not _active.hooked or _active.has_acted or hasattr(sys, "last_value") or not is_first_rank():
+        return
+    scope = _active.settings.scope.value
+    if not _active.by_environment:
+        text = (
+            f"scope {scope} did nothing: no MoE layer was trained in this process. If other processes train (Ray, subprocess), "
+            f'set {VARIABLE}="scope={scope}" in their environment'
+        )
+    elif multiprocessing.parent_process() is None:  # else a data loader's worker, for example
+        text = f"{VARIABLE}: no MoE layer was trained in this process, as it should be in a driver or for inference"
+    else:
+        return
+    print(f"> moe-lbl: {text}", file=sys.stderr, flush=True)
 
 
 @contextmanager
 def registered(**settings) -> Iterator[Handle]:
     """`register` for the time of a `with` block; undone on exit, exceptions included, unless it was registered before."""
-    was_registered = _active is not None
+    before = _active
     handle = register(**settings)
     try:
         yield handle
     finally:
-        if not was_registered:
+        if handle is not before:
             handle.remove()
 
 
+def chunk(module: nn.Module) -> None:
+    """Name a model chunk whose micro-batches are to be counted, for a model that is not wrapped in Megatron's
+    DistributedDataParallel. Call it once per chunk, after `register`, on every rank.
+
+    Each call of the module in training mode is one micro-batch: every rank of the pipeline stage must call it equally often.
+
+    Raises:
+        ConfigError: nothing is registered, or the module has no MoE layer for the registration.
+    """
+    if _active is None:
+        raise ConfigError("chunk(model) needs a registration: call megatron_global_lbl.register(...) first")
+    if _active._hooks is not None:
+        _active._hooks.name_chunk(module)
+
+
 def end_step(model: Model | None = None) -> None:
-    """The optimizer step's backward passes are over: for a training loop that does not call Megatron's
-    `finalize_model_grads`, which says so by itself. Call it on every rank, before the next forward; without a registration,
-    or twice in a row, it does nothing.
+    """Mark the end of an optimizer step. Only needed without Megatron's `finalize_model_grads`. Call it on every rank, after
+    the step's last backward and before the next forward. Without a registration, or twice in a row, it does nothing.
 
     Args:
-        model: whose step; a module or the list of its chunks. None: of every model that ran since its last step's end.
+        model: whose step; a module or the list of its chunks. None: every model that ran since its last step's end.
 
     Raises:
         ConfigError: a forward that was counted has had no backward.
     """
-    if _active is not None:
-        routers = _routers_of(model)
-        _active._engine.end_step(None if routers is None else routers.values())
+    if _active is not None and _active._hooks is not None:
+        if model is not None and not isinstance(model, (list, tuple)):
+            model = [model]
+        _active._hooks.end(model, _active._patches.lost)

@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import difflib
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
 from enum import Enum
 
-DEFAULT_WINDOW_STEPS = 1
+MOST_COEFF = 1.0
+"""The loss is about 1 when the load is even: a larger coefficient makes it outweigh the model's own loss."""
+
+
+VARIABLE = "MEGATRON_GLOBAL_LBL"
+"""The environment variable that registers (startup.py)."""
 
 
 class ConfigError(ValueError):
@@ -21,17 +29,13 @@ class Scope(str, Enum):
     """This micro-batch on all data-parallel ranks (the paper's synchronisation)."""
     GLOBAL = "global"
     """All data-parallel ranks and the step's micro-batches (the paper's synchronisation + buffer)."""
-    WINDOW = "window"
-    """All data-parallel ranks and the last completed optimizer steps. Experimental (docs/balancing.md)."""
 
 
-class Sync(str, Enum):
-    """How the forward treats the reduction of its counts."""
-
-    OVERLAP = "overlap"
-    """Start it and return; the backward waits for it."""
-    BLOCKING = "blocking"
-    """Wait for it on the spot: the plain reference, with the same bits."""
+_COUNTED = {
+    Scope.MICRO: "Megatron's own loss will be left untouched",
+    Scope.DP: "f will be counted over the micro-batch on all data-parallel ranks",
+    Scope.GLOBAL: "f will be counted over the global batch on all data-parallel ranks",
+}
 
 
 class Detail(str, Enum):
@@ -50,11 +54,9 @@ class Settings:
     """The flags `--moe-lbl-*` without their prefix. `None` stands for a flag that was not given."""
 
     scope: Scope
-    window_steps: int | None = None
     micro_coeff: float = 0.0
     start_iter: int = 0
     group_size: int | None = None
-    sync: Sync | None = None
     metrics: Detail | None = None
     metrics_dir: str | None = None
 
@@ -67,19 +69,13 @@ class Settings:
         """
         settings = Settings(
             scope=_member(Scope, "scope", values.get("scope")),
-            window_steps=_number("window_steps", values.get("window_steps"), int, least=1, none=True),
-            micro_coeff=_number("micro_coeff", values.get("micro_coeff", 0.0), float, least=0.0),
+            micro_coeff=_number("micro_coeff", values.get("micro_coeff", 0.0), float, least=0.0, most=MOST_COEFF),
             start_iter=_number("start_iter", values.get("start_iter", 0), int, least=0),
             group_size=_number("group_size", values.get("group_size"), int, least=1, none=True),
-            sync=None if values.get("sync") is None else _member(Sync, "sync", values["sync"]),
             metrics=None if values.get("metrics") is None else _member(Detail, "metrics", values["metrics"]),
             metrics_dir=_text("metrics_dir", values.get("metrics_dir")),
         )
         settings._refuse_what_would_be_ignored()
-        if settings.scope is Scope.WINDOW and settings.window_steps is None:
-            settings = replace(settings, window_steps=DEFAULT_WINDOW_STEPS)
-        if settings.scope is not Scope.MICRO and settings.sync is None:
-            settings = replace(settings, sync=Sync.OVERLAP)
         return settings
 
     @property
@@ -89,8 +85,20 @@ class Settings:
 
     @property
     def observes(self) -> bool:
-        """Whether anything looks on, be it in scope `micro`."""
+        """True if metrics are recorded, in any scope."""
         return self.shows_metrics or self.metrics_dir is not None
+
+    def in_words(self) -> list[str]:
+        """What will be done; what was done is measured."""
+        groups = f", in groups of {self.group_size}" if self.group_size else ""
+        lines = [f"scope {self.scope.value}; {_COUNTED[self.scope]}{groups}"]
+        if self.start_iter:
+            lines.append(f"scope micro before iteration {self.start_iter}")
+        if self.micro_coeff:
+            lines.append(f"a micro-batch loss will be added with coefficient {self.micro_coeff:g}")
+        if self.metrics_dir:
+            lines.append(f"the balance record will be written to {self.metrics_dir}")
+        return lines
 
     def require_group_size_fits(self, data_parallel_size: int) -> None:
         """
@@ -104,19 +112,12 @@ class Settings:
             )
 
     def _refuse_what_would_be_ignored(self) -> None:
-        if self.window_steps is not None and self.scope is not Scope.WINDOW:
-            raise ConfigError(
-                f"{flag('window_steps')} {self.window_steps} has no effect with {flag('scope')} {self.scope.value}; "
-                f"allowed: with {flag('scope')} window"
-            )
         if self.scope is Scope.MICRO:
-            for name in ("micro_coeff", "start_iter", "group_size", "sync"):
-                value = getattr(self, name)
-                if value:
-                    value = value.value if isinstance(value, Enum) else value
+            for name in ("micro_coeff", "start_iter", "group_size"):
+                if value := getattr(self, name):
                     raise ConfigError(
                         f"{flag(name)} {value} has no effect with {flag('scope')} micro (Megatron's own loss); "
-                        f"allowed: with {flag('scope')} dp, global or window"
+                        f"allowed: with {flag('scope')} dp or global"
                     )
 
 
@@ -125,26 +126,34 @@ def flag(name: str) -> str:
     return "--moe-lbl-" + name.replace("_", "-")
 
 
+def did_you_mean(word: str, allowed: Iterable[str], cutoff: float = 0.6) -> str:
+    """A near miss, as the end of an error message; empty if nothing is near."""
+    near = difflib.get_close_matches(word.lower(), list(allowed), n=1, cutoff=cutoff)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
 def _member(kind: type[Enum], name: str, value: object):
-    allowed = ", ".join(member.value for member in kind)
+    allowed = [member.value for member in kind]
     try:
         return kind(value)
     except ValueError:
-        raise ConfigError(f"{flag(name)} {value}: unknown; allowed: {allowed}") from None
+        hint = did_you_mean(str(value), allowed)
+        raise ConfigError(f"{flag(name)} {value}: unknown; allowed: {', '.join(allowed)}{hint}") from None
 
 
-def _number(name: str, value: object, kind: type, *, least: float, none: bool = False):
+def _number(name: str, value: object, kind: type, *, least: float, most: float = math.inf, none: bool = False):
     if value is None and none:
         return None
     word = "an integer" if kind is int else "a number"
-    error = ConfigError(f"{flag(name)} {value}: not allowed; allowed: {word} >= {least}")
+    span = f">= {least}" if most == math.inf else f"from {least:g} to {most:g}"
+    error = ConfigError(f"{flag(name)} {value}: not allowed; allowed: {word} {span}")
     if isinstance(value, bool) or (kind is int and isinstance(value, float)):
         raise error
     try:
         number = kind(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise error from None
-    if not least <= number < float("inf"):
+    if not least <= number <= most or number == math.inf:
         raise error
     return number
 

@@ -13,6 +13,7 @@ QUESTIONS = {
     "gloo": "Four processes on one GPU against the float64 truth",
     "nccl": "Forced NCCL all-reduces: no host synchronisation, CUDA graphs, constant memory",
     "kernels": "Kernels and GPU time, per layer and micro-batch",
+    "sweep": "The Triton kernels against the memory's bandwidth",
     "steps": "Step time against `aux_loss`, with delayed all-reduces",
 }
 
@@ -106,8 +107,9 @@ def _kernels(data: dict[str, Any]) -> list[str]:
         "backward, us",
     ]
     parts = [
-        f"bf16 model, router dtype {data.get('router_dtype')}. What each loss adds to the router without one (its row: "
-        "everything). Kernels and their times from torch.profiler; the others between CUDA events, medians of "
+        f"bf16 model, router dtype {data.get('router_dtype')}, a chunk of {data.get('layers')} layers; figures per layer. What "
+        "each loss adds to routers without one (their row: everything); a registration's first step is in no figure. Kernels "
+        "and their times from torch.profiler; the others between CUDA events, medians of "
         f"{data.get('rounds')} interleaved rounds. Forward and backward between events contain the host's launching; the "
         "replay of a CUDA graph of both does not.",
         "\n".join(f"- {name}: {path}" for name, path in data.get("how each loss was computed", {}).items() if path),
@@ -122,6 +124,37 @@ def _kernels(data: dict[str, Any]) -> list[str]:
                 not_captured.append(f"- {row['loss']} was not captured: {_last(row['not captured'])}")
         parts += [f"### {size['model']}, {size['tokens']} tokens", table(["loss", *heads], rows), "\n".join(not_captured)]
     return parts
+
+
+def _sweep(data: dict[str, Any]) -> list[str]:
+    """Per kernel and size the limit, what the code has, and the best settings."""
+    parts = [
+        "The limit is the time of a copy that moves as many bytes. Times between CUDA events, medians over launches; of all "
+        "settings those in the code and the best five."
+    ]
+    for size in data.get("sizes", []):
+        limit = size["limit, us"]
+        chosen = [row for row in size["rows"] if row["chosen"]]
+        best = sorted((row for row in size["rows"] if row["us"] is not None), key=lambda row: row["us"])[:5]
+        rows = [
+            [
+                f"{'chosen' if row['chosen'] else 'best'}",
+                row["block"],
+                row["programs"] or "-",
+                row["warps"],
+                *_over(row["us"], limit),
+            ]
+            for row in [*chosen, *best]
+        ]
+        parts += [
+            f"### {size['kernel']}, {size['tokens']} x {size['experts']}: limit {limit} us",
+            table(["", "block", "programs", "warps", "us", "over the limit"], rows),
+        ]
+    return parts
+
+
+def _over(microseconds: float | None, limit: float) -> list[str]:
+    return ["-", "-"] if microseconds is None else [f"{microseconds:.1f}", f"{microseconds / limit:.2f}"]
 
 
 def _steps(data: dict[str, Any]) -> list[str]:
@@ -155,5 +188,6 @@ TABLES: dict[str, Callable[[dict[str, Any]], list[str]]] = {
     "gloo": _gloo,
     "nccl": _nccl,
     "kernels": _kernels,
+    "sweep": _sweep,
     "steps": _steps,
 }

@@ -17,6 +17,8 @@ import torch
 from megatron_log import forget_logged_losses
 from torch import Tensor
 
+from megatron_global_lbl import registry
+
 COEFF = 0.02
 
 
@@ -95,6 +97,8 @@ def read(
         router.expert_bias.copy_(expert_bias)
     model = Float16Module(config, router) if bf16 else router
     model.train()
+    if registry.active() is not None:
+        registry.chunk(model)
     scaler = moe_utils.MoEAuxLossAutoScaler
     set_by_schedule, scaler.main_loss_backward_scale = scaler.main_loss_backward_scale, torch.ones(1)
     try:

@@ -1,160 +1,154 @@
-"""Starts one training as a user would, then the measurement on its checkpoint, and reads Megatron's own log lines meanwhile."""
+"""Starts a training as a user would, then the measurement on its checkpoint, and reads Megatron's own log lines meanwhile."""
 
 from __future__ import annotations
 
 import os
 import re
+import shlex
 import shutil
+import socket
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Sequence
 from pathlib import Path
 
-from demo.megatron_args import WINDOW_STEPS, Size, evaluation_arguments, training_arguments
+from demo.megatron_args import RANKS, Run, Size, evaluation_arguments, training_arguments
+from demo.prepare import Paths
 
 SCRIPT = Path(__file__).resolve().parent.parent / "pretrain_gpt_moe.py"
 
-ITERATION = re.compile(r"iteration\s+(\d+)/\s*\d+ \|.*?elapsed time per iteration \(ms\): ([0-9.]+).*?lm loss: ([0-9.E+-]+)")
+ITERATION = re.compile(r"iteration\s+(\d+)/\s*\d+ \|.*lm loss: ([0-9.E+-]+)")
 EVALUATION = re.compile(r"validation loss at iteration \d+ on validation set (\S+)")
-
-Paths = dict[str, dict[str, str]]
-"""By domain, then split: the prefix of a dataset."""
 
 
 class RunFailedError(Exception):
     """A launch ended with an error; the message has the end of its log and where all of it is."""
 
 
-@dataclass(frozen=True)
-class Step:
-    """What Megatron said about one iteration."""
+class Launch:
+    """`-m MODULE --cpu SCRIPT ARGUMENTS` on some processes of this machine, which write one log.
 
-    iteration: int
-    milliseconds: float
-    loss: float
-
-
-@dataclass(frozen=True)
-class RunFiles:
-    """Where one training, and the measurement after it, write."""
-
-    folder: Path
-
-    @property
-    def training_log(self) -> Path:
-        return self.folder / "train.log"
-
-    @property
-    def specialise_log(self) -> Path:
-        return self.folder / "specialise.log"
-
-    @property
-    def checkpoint(self) -> Path:
-        return self.folder / "checkpoint"
-
-    @property
-    def metrics(self) -> Path:
-        """Where the balance record is, and specialisation.json beside it: the report names a run by this folder."""
-        return self.folder
-
-
-def train(
-    scope: str,
-    size: Size,
-    paths: Paths,
-    files: RunFiles,
-    *,
-    data: Path,
-    on_step: Callable[[Step], None] = lambda _: None,
-    more: Sequence[str] = (),
-) -> list[Step]:
-    """Runs one training to its end; `on_step` is called while it runs. `more` are further arguments, which win over the others.
-
-    Raises:
-        RunFailedError: if it does not end well.
-    """
-    shutil.rmtree(files.folder, ignore_errors=True)  # the balance record would be continued
-    files.folder.mkdir(parents=True)
-    plugin = ["--moe-lbl-scope", scope, "--moe-lbl-metrics-dir", str(files.metrics)]
-    if scope == "window":
-        plugin += ["--moe-lbl-window-steps", str(WINDOW_STEPS)]
-    save = ["--save", str(files.checkpoint), "--save-interval", str(size.steps), "--no-save-optim", "--no-save-rng"]
-    steps: list[Step] = []
-
-    def read(line: str) -> None:
-        if found := ITERATION.search(line):
-            steps.append(Step(int(found[1]), float(found[2]), float(found[3])))
-            on_step(steps[-1])
-
-    arguments = [*training_arguments(size, paths, data), *save, *plugin, *more]
-    launch("megatron_global_lbl", arguments, files.training_log, size.processes, read)
-    return steps
-
-
-def specialise(
-    size: Size,
-    paths: Paths,
-    files: RunFiles,
-    *,
-    data: Path,
-    on_domain: Callable[[str], None] = lambda _: None,
-    more: Sequence[str] = (),
-) -> None:
-    """Measures what the experts of the training's checkpoint specialise in, on held-out text.
-
-    Args:
-        size: of the demo.
-        paths: of the data.
-        files: of the training.
-        data: the folder of the data.
-        on_domain: called with the name of each domain that has been evaluated.
-        more: further arguments, which win over the others.
-
-    Raises:
-        RunFailedError: if it does not end well.
+    The ranks are started directly: torchrun would import PyTorch once more and do nothing else. The log's first line is the
+    command with torchrun.
     """
 
-    def read(line: str) -> None:
-        if found := EVALUATION.search(line):
-            on_domain(found[1])
+    def __init__(self, module: str, arguments: Sequence[str], log: Path, ranks: int) -> None:
+        self.module, self.log = module, log
+        command = ["-m", module, "--cpu", str(SCRIPT), *arguments]
+        log.write_text(f"torchrun --nproc-per-node {ranks} {shlex.join(command)}\n", encoding="utf-8")
+        self._read_to = 0
+        environment = {
+            **os.environ,
+            "WORLD_SIZE": str(ranks),
+            "LOCAL_WORLD_SIZE": str(ranks),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(_free_port()),
+            "OMP_NUM_THREADS": "1",
+            "PYTHONWARNINGS": "ignore",
+            "TORCH_CPP_LOG_LEVEL": "ERROR",
+        }
+        # The processes talk over loopback, whatever the machine's name resolves to.
+        environment.setdefault("GLOO_SOCKET_IFNAME", "lo" if sys.platform == "linux" else "lo0")
+        with log.open("ab") as file:
+            self._processes = [
+                subprocess.Popen(
+                    [sys.executable, *command],
+                    env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+                    stdout=file,
+                    stderr=subprocess.STDOUT,
+                )
+                for rank in range(ranks)
+            ]
 
-    arguments = [*training_arguments(size, paths, data), *evaluation_arguments(size)]
-    arguments += ["--load", str(files.checkpoint), "--moe-lbl-metrics-dir", str(files.metrics)]
-    arguments += ["--moe-lbl-domains", *(f"{name}={path['valid']}" for name, path in paths.items())]
-    processes = size.evaluation_processes
-    launch("megatron_global_lbl.specialise", [*arguments, *more], files.specialise_log, processes, read)
+    def ended(self) -> bool:
+        """True once every process has ended well.
 
+        Raises:
+            RunFailedError: one has not; the others are stopped.
+        """
+        codes = [process.poll() for process in self._processes]
+        if failed := [code for code in codes if code]:
+            self.stop()
+            tail = self.log.read_text(encoding="utf-8", errors="replace").splitlines()[-40:]
+            raise RunFailedError(
+                "\n".join(tail) + f"\n\n`-m {self.module}` ended with exit code {failed[0]}. "
+                f"Above: the end of its log. All of it: {self.log}"
+            )
+        return all(code == 0 for code in codes)
 
-def launch(module: str, arguments: list[str], log_file: Path, processes: int, read: Callable[[str], None]) -> None:
-    """Runs `-m MODULE SCRIPT ARGUMENTS` on so many processes; `read` is called with each line that they print.
+    def new_lines(self) -> list[str]:
+        """The whole lines that were logged since the last call."""
+        with self.log.open("rb") as file:
+            file.seek(self._read_to)
+            text = file.read()
+        text = text[: text.rfind(b"\n") + 1]
+        self._read_to += len(text)
+        return text.decode(errors="replace").splitlines()
 
-    Raises:
-        RunFailedError: if it does not end well.
-    """
-    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
-    launcher += ["--standalone", "--local-addr", "127.0.0.1"]  # on a port that it finds free
-    command = [sys.executable, *launcher, "-m", module, "--cpu", str(SCRIPT), *arguments]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "TORCH_CPP_LOG_LEVEL": "ERROR"}
-    # The processes of this one machine talk over loopback, whatever the machine's name resolves to.
-    environment.setdefault("GLOO_SOCKET_IFNAME", "lo" if sys.platform == "linux" else "lo0")
-    with log_file.open("w", encoding="utf-8") as log:
-        log.write(" ".join(command) + "\n")
-        log.flush()
-        with subprocess.Popen(
-            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
-        ) as process:
-            assert process.stdout is not None
+    def stop(self) -> None:
+        """End every process."""
+        for process in self._processes:
+            if process.poll() is None:
+                process.terminate()
+        for process in self._processes:
             try:
-                for line in process.stdout:
-                    log.write(line)
-                    read(line)
-            except BaseException:
-                process.terminate()  # Ctrl-C, or an error of ours: leave no rank behind
-                raise
-    if process.returncode != 0:
-        tail = log_file.read_text(encoding="utf-8").splitlines()[-40:]
-        raise RunFailedError(
-            "\n".join(tail) + f"\n\n`-m {module}` ended with exit code {process.returncode}. "
-            f"Above: the end of its log. All of it: {log_file}"
-        )
+                process.wait(timeout=10)
+            except subprocess.TimeoutExpired:
+                process.kill()
+
+
+class Training:
+    """One run of the demo in a folder: the training, then what its experts specialise in on held-out text.
+
+    The folder gets the balance record, specialisation.json, checkpoint/, train.log and specialise.log.
+    """
+
+    def __init__(self, run: Run, size: Size, paths: Paths, folder: Path, more: Sequence[str] = ()) -> None:
+        """Start the training; `more` are further arguments, which win over the others."""
+        self.run, self.size, self.paths, self.folder = run, size, paths, folder
+        shutil.rmtree(folder, ignore_errors=True)  # the balance record would be continued
+        folder.mkdir(parents=True)
+        self.losses: list[tuple[int, float]] = []  # by iteration
+        self.domains: list[str] = []  # that have been evaluated
+        self._arguments = [*training_arguments(run, size, paths, folder), *more]
+        self._launch = Launch("megatron_global_lbl", self._arguments, folder / "train.log", RANKS)
+        self._evaluates = False
+
+    def ended(self) -> bool:
+        """Read what was logged, and start the measurement after the training; True once that has ended.
+
+        Raises:
+            RunFailedError: it will not end well.
+        """
+        ended = self._launch.ended()
+        for line in self._launch.new_lines():
+            if found := ITERATION.search(line):
+                self.losses.append((int(found[1]), float(found[2])))
+            elif found := EVALUATION.search(line):
+                self.domains.append(found[1])
+        if ended and not self._evaluates:
+            self.evaluate()
+            return False
+        return ended
+
+    def evaluate(self, more: Sequence[str] = (), ranks: int = 1) -> None:
+        """Start the measurement. One process is enough: starting it takes longer than what it does."""
+        self._evaluates = True
+        arguments = [*self._arguments, *evaluation_arguments(self.size, self.paths, self.folder), *more]
+        self._launch = Launch("megatron_global_lbl.specialise", arguments, self.folder / "specialise.log", ranks)
+
+    def wait(self) -> None:
+        """Until it has ended."""
+        while not self.ended():
+            time.sleep(0.2)
+
+    def stop(self) -> None:
+        """End its processes."""
+        self._launch.stop()
+
+
+def _free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])

@@ -6,47 +6,39 @@ describes exactly that (its end of document is the last id), so that no tokenize
 
 from __future__ import annotations
 
-import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy
 
-from demo.corpus import FINDERS, find_domain
+from demo.text import GRAMMARS, documents
 
 END_OF_DOCUMENT = 256
 VOCAB_SIZE = 257
-TRAIN_BYTES = 400_000
+TRAIN_BYTES = 100_000  # of a domain; a training reads less than half of it
+
+Paths = dict[str, dict[str, str]]
+"""By domain, then split ("train", "valid"): the prefix of a dataset."""
 
 
-def prepare(
-    folder: Path, *, sequence_length: int, valid_sequences: int, say: Callable[[str], object] = lambda _: None
-) -> dict[str, dict[str, str]]:
-    """Prepares every domain under `folder` and returns, by domain, the prefixes that Megatron's data arguments take.
+def prepare(folder: Path, *, sequence_length: int, valid_sequences: int) -> Paths:
+    """Write every domain under `folder`; returns the prefixes that Megatron's data arguments take.
 
-    `valid_sequences` is exact: the evaluation of Megatron starts again from the front where a rank has too few.
+    `valid_sequences` is exact: Megatron's evaluation starts again from the front where a rank has too few.
     """
-    # Megatron caches the order of the samples beside the data and would reuse it for other data of the same name.
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     valid_tokens = valid_sequences * sequence_length + 1  # the labels are the tokens shifted by one
     paths = dataset_paths(folder)
-    facts = {}
-    for name in FINDERS:
-        domain = find_domain(name, train_bytes=TRAIN_BYTES, valid_bytes=valid_tokens)
-        trained = write_indexed_dataset(paths[name]["train"], domain.train)
-        held_out = write_indexed_dataset(paths[name]["valid"], domain.valid, most=valid_tokens)
-        say(f"    {name:<10} {trained:>7,} bytes to train, {held_out:>6,} held out: {domain.source}")
-        facts[name] = {"source": domain.source, "train_tokens": trained, "valid_tokens": held_out}
-    (folder / "domains.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+    for name in GRAMMARS:
+        write_indexed_dataset(paths[name]["train"], documents(name, TRAIN_BYTES))
+        write_indexed_dataset(paths[name]["valid"], documents(name, valid_tokens, held_out=True), most=valid_tokens)
     return paths
 
 
-def dataset_paths(folder: Path) -> dict[str, dict[str, str]]:
-    """By domain, then split ("train", "valid"): the prefix of its dataset under `folder`."""
-    stems = {name: name.replace("+", "p") for name in FINDERS}  # a file name that needs no quoting anywhere
-    return {name: {split: str(folder / f"{stem}_{split}") for split in ("train", "valid")} for name, stem in stems.items()}
+def dataset_paths(folder: Path) -> Paths:
+    """Where `prepare` writes."""
+    return {name: {split: str(folder / f"{name}_{split}") for split in ("train", "valid")} for name in GRAMMARS}
 
 
 def write_indexed_dataset(prefix: str, blocks: list[bytes], most: int | None = None) -> int:
@@ -68,8 +60,3 @@ def write_indexed_dataset(prefix: str, blocks: list[bytes], most: int | None = N
 def tokenize(block: bytes) -> numpy.ndarray:
     """The bytes, and the end of the document."""
     return numpy.append(numpy.frombuffer(block, dtype=numpy.uint8).astype(numpy.uint16), END_OF_DOCUMENT)
-
-
-def detokenize(tokens: numpy.ndarray) -> bytes:
-    """What `tokenize` was given, from one or more documents."""
-    return bytes(tokens[tokens != END_OF_DOCUMENT].astype(numpy.uint8))

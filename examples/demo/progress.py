@@ -1,63 +1,51 @@
-"""Progress that is visible all the time: a bar in a terminal, plain lines in a log file."""
+"""Progress that is visible all the time: a bar per training in a terminal, plain lines in a log file."""
 
 from __future__ import annotations
-
-import time
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from demo.launch import Step
-from demo.megatron_args import Size
+from demo.launch import Training
+from demo.megatron_args import Run
 
 SECONDS_BETWEEN_LINES = 10.0
 
 
 class TrainingProgress:
-    """Shows one training; use as a context manager."""
+    """Shows the trainings; use as a context manager."""
 
-    def __init__(self, console: Console, title: str, size: Size, domains: int) -> None:
-        self._console = console
-        self._title = title
-        self._steps = size.steps
-        self._domains = domains
-        self._start_note = f"starting {size.processes} processes"
-        self._last_line = 0.0
-        self._began = time.monotonic()
-        self._bar = Progress(
-            TextColumn("[bold]{task.description}"),
-            BarColumn(bar_width=28),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[note]}"),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            console=console,
-            disable=not console.is_terminal,
+    def __init__(self, console: Console, runs: list[Run], steps: int, domains: int) -> None:
+        self._console, self._steps = console, steps
+        columns = (
+            *(TextColumn("[bold]{task.description:<12}"), BarColumn(bar_width=28), MofNCompleteColumn()),
+            *(TextColumn("{task.fields[note]:<22}"), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn()),
         )
+        self._bars = Progress(*columns, console=console, disable=not console.is_terminal)
+        for run in runs:
+            self._bars.add_task(run.name, total=steps + domains, note="waits", start=False)
+        self._printed = dict.fromkeys((run.name for run in runs), -SECONDS_BETWEEN_LINES)  # at which of its seconds
 
     def __enter__(self) -> TrainingProgress:
-        self._bar.start()
-        self._task = self._bar.add_task(self._title, total=self._steps + self._domains, note=self._start_note)
-        self._say(self._start_note, force=True)
+        self._bars.start()
         return self
 
     def __exit__(self, *_exception: object) -> None:
-        self._bar.stop()
+        self._bars.stop()
 
-    def step(self, step: Step) -> None:
-        """A training step has ended."""
-        self._bar.update(self._task, completed=step.iteration, note=f"loss {step.loss:.3f}")
-        line = f"step {step.iteration}/{self._steps}  loss {step.loss:.3f}  {step.milliseconds:.0f} ms"
-        self._say(line, force=step.iteration in (1, self._steps))
-
-    def domain(self, name: str) -> None:
-        """The checkpoint has been evaluated on a domain."""
-        self._bar.update(self._task, advance=1, note=f"experts on {name}")
-        self._say(f"experts on {name}", force=False)
-
-    def _say(self, what: str, force: bool) -> None:
-        now = time.monotonic()
-        if not self._console.is_terminal and (force or now - self._last_line > SECONDS_BETWEEN_LINES):
-            self._last_line = now
-            self._console.print(f"{self._title:>7}  {now - self._began:5.0f} s  {what}", highlight=False)
+    def show(self, training: Training, ended: bool) -> None:
+        """How far a training is."""
+        name, note = training.run.name, "starts"
+        if ended:
+            note = "done"
+        elif training.domains:
+            note = f"experts on {training.domains[-1]}"
+        elif training.losses:
+            step, loss = training.losses[-1]
+            note = f"step {step}/{self._steps}  loss {loss:.3f}"
+        (task,) = (task for task in self._bars.tasks if task.description == name)
+        self._bars.start_task(task.id)
+        self._bars.update(task.id, completed=len(training.losses) + len(training.domains), note=note)
+        seconds = task.elapsed or 0
+        if not self._console.is_terminal and (ended or seconds - self._printed[name] >= SECONDS_BETWEEN_LINES):
+            self._printed[name] = seconds
+            self._console.print(f"{name:>12}  {seconds:4.0f} s  {note}", highlight=False)

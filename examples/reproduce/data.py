@@ -16,8 +16,8 @@ from functools import partial
 from pathlib import Path
 
 from reproduce import domains
+from reproduce.corpus import find_domain
 
-from demo.corpus import find_domain
 from demo.prepare import write_indexed_dataset
 
 SEQUENCE_LENGTH = 128

@@ -11,7 +11,7 @@ import sysconfig
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-from demo.corpus import FILE_BYTES, FINDERS, PACKAGES, _files, _first_block, _read
+from reproduce.corpus import FILE_BYTES, FINDERS, PACKAGES, _files, _first_block, _read
 
 
 def _whole(folder: str, pattern: str) -> Iterator[str]:

@@ -12,17 +12,18 @@ import matplotlib
 matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
-from reproduce import experiments, tables
-from reproduce.experiments import ALPHAS, FEW, GLOBAL, MICRO, changed
-from reproduce.results import Results, difference, read, swing
+from reproduce import tables
+from reproduce.experiments import ALPHAS, GLOBAL, MICRO, changed
+from reproduce.results import Results, by_seed, common, loss, read
 from reproduce.settings import Setting
 
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "reproduction.md"
+TABLES = "TABLES.md"
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")  # Okabe and Ito: told apart by everybody
 
 
 def make(folder: Path, images: Path, document: Path = DOCUMENT) -> None:
-    """Every picture and every table that the results allow.
+    """Every picture and every table that the results allow; all tables go beside the results.
 
     Raises:
         SystemExit: no results.
@@ -31,14 +32,16 @@ def make(folder: Path, images: Path, document: Path = DOCUMENT) -> None:
     if not list(results):
         raise SystemExit(f"no results under {folder}: `run.py EXPERIMENT` and `run.py gather` make them")
     images.mkdir(parents=True, exist_ok=True)
-    for name, draw in (("bsz", balance_bsz), ("specialisation", specialisation), ("delay", delay)):
+    for name, draw in (("bsz", balance_bsz), ("specialisation", specialisation)):
         figure = draw(results)
         if figure is not None:
             figure.savefig(images / f"reproduce-{name}.png", dpi=90, bbox_inches="tight")
             plt.close(figure)
             print(images / f"reproduce-{name}.png")
+    tables.write(results, folder / TABLES)
+    print(folder / TABLES)
     if document.exists():
-        tables.write(results, document)
+        tables.fill(results, document)
         print(document)
 
 
@@ -48,7 +51,7 @@ def summary(folder: Path, of: dict[str, Callable[[], list[Setting]]]) -> None:
     for name, experiment in of.items():
         settings = experiment()
         named = [(setting.name, setting) for setting in settings]
-        print(f"{name}: {experiment.__doc__}\n\n{tables.rows(results, named, ('the first', settings[0]))}")
+        print(f"{name}: {experiment.__doc__}\n\n{tables.rows(results, named)}")
 
 
 def balance_bsz(results: Results) -> Any:
@@ -56,17 +59,17 @@ def balance_bsz(results: Results) -> Any:
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6))
     sizes = (1, 2, 4, 8, 16, 32)
     for alpha, colour in zip(ALPHAS, COLOURS):
-        micro = changed(MICRO, alpha=alpha)
         curve = [changed(MICRO, over=f"sequences:{n}", alpha=alpha) for n in sizes[:-1]] + [changed(GLOBAL, alpha=alpha)]
         there = [(n, setting) for n, setting in zip(sizes, curve) if results[setting]]
-        gains = [(n, difference(results, setting, micro).values) for n, setting in there]
-        gains = [(n, values) for n, values in gains if values]
-        if not gains:
+        pairs = common(results, [setting for _, setting in there])
+        if len(there) < 2 or not pairs:
             continue
+        base = results[there[0][1]]
+        gains = [(n, by_seed({pair: loss(results[s][pair]) - loss(base[pair]) for pair in pairs})) for n, s in there]
         left.plot([n for n, _ in gains], [mean(v) for _, v in gains], "-", color=colour, label=f"alpha {alpha}")
         for n, values in gains:
             left.plot([n] * len(values), values, ".", color=colour)
-        contrast = [[run["contrast"] for run in results[setting].values()] for _, setting in there]
+        contrast = [by_seed({pair: results[setting][pair]["contrast"] for pair in pairs}) for _, setting in there]
         right.plot([n for n, _ in there], [mean(values) for values in contrast], "-", color=colour, label=f"alpha {alpha}")
         for (n, _), values in zip(there, contrast):
             right.plot([n] * len(values), values, ".", color=colour)
@@ -99,52 +102,9 @@ def specialisation(results: Results) -> Any:
             order = sorted(range(len(shares[0])), key=lambda e: (max(range(len(shares)), key=lambda d: shares[d][e]), e))
             axes = grid[layer][column]
             picture = axes.imshow([[row[e] for e in order] for row in shares], vmin=0, vmax=most, cmap="viridis", aspect="auto")
-            axes.set_title(f"{name}, layer {layer + 1}", fontsize=10)
+            axes.set_title(f"{name}, layer {layer}", fontsize=10)
             axes.set_yticks(range(len(run["domains"])), run["domains"], fontsize=7)
             axes.set_xticks([])
             axes.set_xlabel("experts" if layer == layers - 1 else "")
     figure.colorbar(picture, ax=grid, label="share of the domain's selections", shrink=0.6)
-    return figure
-
-
-def delay(results: Results) -> Any:
-    """What a late f does: the loss against the delay, and the load over the first steps."""
-    if not any(list(results[setting]) for setting in experiments.delay() + experiments.window()):
-        return None
-    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(13, 3.6))
-    delays = (0, 1, 2, 4, 8, 16)
-    for alpha, colour in zip(ALPHAS, COLOURS):
-        base = changed(FEW, over="delayed:0:1", alpha=alpha)
-        settings = [(d, changed(FEW, over=f"delayed:{d}:1", alpha=alpha)) for d in delays]
-        gains = [(d, difference(results, setting, base).values) for d, setting in settings]
-        gains = [(d, values) for d, values in gains if values]
-        left.plot([d for d, _ in gains], [mean(v) for _, v in gains], "-", color=colour, label=f"alpha {alpha}")
-        for d, values in gains:
-            left.plot([d] * len(values), values, ".", color=colour)
-    left.set_xscale("symlog", base=2, linthresh=1)
-    left.set_xticks(delays, [str(d) for d in delays])
-    left.set_xlabel("f of d steps ago")
-    left.set_ylabel("validation loss less that of d = 0\n(nats per byte)")
-    left.axhline(0, color="black", linewidth=0.8)
-    _, whole, *windows = experiments.window()[:5]
-    named = [("global", whole), *((f"window, W = {setting.window_steps}", setting) for setting in windows)]
-    for (name, setting), colour in zip(named, COLOURS):
-        runs = list(results[setting].values())
-        if runs:
-            middle.plot([mean(step) for step in zip(*(run["max_vio_first"] for run in runs))], color=colour, label=name)
-            correlations = [correlation for run in runs if (correlation := swing(run))]
-            if correlations:
-                right.plot(
-                    range(1, len(correlations[0]) + 1), [mean(lag) for lag in zip(*correlations)], color=colour, label=name
-                )
-    middle.set_xlabel("step")
-    middle.set_ylabel("MaxVio")
-    right.set_xlabel("lag (steps)")
-    right.set_ylabel("autocorrelation of an expert's load")
-    right.axhline(0, color="black", linewidth=0.8)
-    for axes in (left, middle, right):
-        axes.grid(alpha=0.3)
-        if axes.get_legend_handles_labels()[0]:
-            axes.legend(fontsize=8)
-    figure.tight_layout()
     return figure

@@ -18,7 +18,6 @@ import torch
 from reproduce.data import index_of
 from torch import Tensor
 
-LAGS = 64
 EVALUATED_AT_ONCE = 32  # sequences
 
 
@@ -93,7 +92,7 @@ class Measurement:
         index = index_of(data)
         length, device = index["sequence_length"], routers[0].weight.device
         position_T = torch.arange(length, device=device)
-        losses, loads, scores_of, micro = {}, [], [], []
+        losses, loads, scores_of, micro, uneven = {}, [], [], [], []
         for domain in index["domains"]:
             held_out = IndexedDataset(str(data / f"{domain['stem']}_valid"))  # what it gives are views of its open file
             tokens = torch.from_numpy(numpy.concatenate([held_out[i] for i in range(len(held_out))]).astype("int64"))
@@ -104,19 +103,21 @@ class Measurement:
             for inputs, labels in zip(inputs_BT.split(EVALUATED_AT_ONCE), labels_BT.split(EVALUATED_AT_ONCE)):
                 total += model(inputs, position_T.expand_as(inputs), None, labels=labels).double().sum().item()
             losses[domain["name"]] = total / labels_BT.numel()
-            load_LE, score_LE, micro_L = [], [], []
+            load_LE, micro_L, uneven_L = [], [], []
             for of_layer in seen:
                 # Megatron's layers see [T, B]; the router's tokens are T x B.
                 maps_TBE = torch.cat([m.view(length, -1, m.shape[-1]) for _, m in of_layer], dim=1).double()
                 scores_TBE = torch.cat([s.view(length, -1, s.shape[-1]) for s, _ in of_layer], dim=1).double()
                 load_LE.append(maps_TBE.sum((0, 1)))
-                score_LE.append((scores_TBE * maps_TBE).sum((0, 1)) / maps_TBE.sum((0, 1)).clamp(min=1))
                 f_BE, p_BE = maps_TBE.mean(0), scores_TBE.mean(0)
-                micro_L.append(maps_TBE.shape[-1] * (f_BE / f_BE.sum(-1, keepdim=True) * p_BE).sum(-1).mean())
+                relative_BE = maps_TBE.shape[-1] * f_BE / f_BE.sum(-1, keepdim=True)
+                micro_L.append((relative_BE * p_BE).sum(-1).mean())
+                uneven_L.append(relative_BE.amax(-1).mean() - 1)
                 scores_of.append((scores_TBE * maps_TBE).sum(-1).mean().item())
                 of_layer.clear()
             loads.append(torch.stack(load_LE))
             micro.append(torch.stack(micro_L))
+            uneven.append(torch.stack(uneven_L))
         for hook in hooks:
             hook.remove()
         loads_DLE = torch.stack(loads)
@@ -131,6 +132,7 @@ class Measurement:
             "contrast": (shares_DLE - mean_LE).abs().sum(-1).mean().item() / 2,
             "top_scores": [sum(topk[layer::layers]) / len(topk[layer::layers]) for layer in range(layers)],
             "lbl_within_sequences": torch.stack(micro).mean().item(),
+            "max_vio_within_sequences": torch.stack(uneven).mean().item(),
             "max_vio_valid": (mean_LE.amax(-1) * mean_LE.shape[-1] - 1).mean().item(),
         }
 
@@ -145,30 +147,14 @@ def _scores(router: Any, hidden: Tensor) -> Tensor:
 
 
 def balance(counts_SLE: numpy.ndarray) -> dict[str, Any]:
-    """The load over the steps: MaxVio (max / mean - 1 over the global batch, mean over layers), and how it swings.
-
-    `autocorrelation[d - 1]` is that of an expert's load at a lag of d steps, after the first tenth of the run, with its slow
-    change (a mean over 2 x LAGS + 1 steps) taken out; weighted by variance over experts and layers. A load that swings with
-    period P has its minimum at P / 2.
-    """
+    """The load over the steps: MaxVio (max / mean - 1 over the global batch, mean over layers)."""
     loads = counts_SLE / counts_SLE.mean(-1, keepdims=True)
     max_vio_S = loads.max(-1).mean(-1) - 1
-    late = loads[len(loads) // 10 :].reshape(-1, loads.shape[1] * loads.shape[2])
-    correlation: list[float] = []
-    window = 2 * LAGS + 1
-    if len(late) > 2 * window:
-        sums = numpy.cumsum(numpy.vstack([numpy.zeros(late.shape[1]), late]), axis=0)
-        trend = (sums[window:] - sums[:-window]) / window
-        swing = late[LAGS : LAGS + len(trend)] - trend
-        variance = (swing**2).mean()
-        correlation = [round(float((swing[lag:] * swing[:-lag]).mean() / variance), 4) for lag in range(1, LAGS + 1)]
     tail = counts_SLE[-max(1, len(counts_SLE) // 20) :].sum(0)
     return {
         "steps": len(counts_SLE),
         "max_vio_first": [round(float(x), 3) for x in max_vio_S[:160]],
         "max_vio": _blocks(max_vio_S),
-        "swing": round(float(loads[len(loads) // 10 :].std(0).mean()), 4),
-        "autocorrelation": correlation,
         "starved_experts": float((tail < 0.1 * tail.mean(-1, keepdims=True)).mean()),
     }
 

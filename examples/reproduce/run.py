@@ -34,7 +34,7 @@ def main(argv: list[str] | None = None) -> int:
         choices=[*EXPERIMENTS, *GPU_EXPERIMENTS, "all", "gather", "figure", "list", "data"],
         metavar="EXPERIMENT",
     )
-    parser.add_argument("--seeds", type=int, default=3, help="seeds 0 to N - 1 of every setting (3)")
+    parser.add_argument("--seeds", type=seeds_of, default=seeds_of("0-2"), help='of every setting, as "0-2" (default) or "3,5"')
     parser.add_argument("--jobs", type=int, default=2, help="trainings at once, one core for each of their ranks (2)")
     parser.add_argument("--out", type=Path, default=Path("reproduce-out"), help="data, logs, and results under results/")
     parser.add_argument("--data", type=Path, help="data that was made before (default: OUT/data, made if it is not there)")
@@ -78,11 +78,15 @@ def main(argv: list[str] | None = None) -> int:
     return train_all(runs, size=options.size, data=folder, out=out, jobs=options.jobs, limit=options.limit_seconds)
 
 
-def queue_of(names: list[str], seeds: int) -> list[Run]:
+def seeds_of(text: str) -> list[int]:
+    """Seeds from "3", "3,5", "3-7"."""
+    ends = [[int(end) for end in part.split("-", 1)] for part in text.split(",")]
+    return [seed for first, *last in ends for seed in range(first, (last or [first])[0] + 1)]
+
+
+def queue_of(names: list[str], seeds: list[int]) -> list[Run]:
     """Experiments in order; in each all settings of the first seed, so that pairs are complete early. Every run once."""
-    runs = [
-        Run(setting, seed) for name in names for seed in range(seeds) for setting in (EXPERIMENTS | GPU_EXPERIMENTS)[name]()
-    ]
+    runs = [Run(setting, seed) for name in names for seed in seeds for setting in (EXPERIMENTS | GPU_EXPERIMENTS)[name]()]
     return list(dict.fromkeys(runs))
 
 

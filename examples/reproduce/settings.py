@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 from demo.prepare import VOCAB_SIZE
 
@@ -22,12 +23,22 @@ class Setting:
     start_iter: int = 0
     back_at: int = 0  # from this iteration on scope micro, by a second training from a checkpoint
     micro_coeff: float = 0.0
-    window_steps: int | None = None
     group_size: int | None = None
     loss: str = "aux_loss"
     score: str = "softmax"
     bias_rate: float = 0.0  # of the expert bias; 0: no bias
+    quantile_ema: float = 0.0  # of quantile balancing, loss="quantile_balancing"
     lr: float = 4e-3
+
+    @classmethod
+    def stored(cls, values: dict[str, Any]) -> Setting:
+        """The setting of a stored result. Rows of the former scope `window` are read as the stand-in that trains the same."""
+        values = dict(values)
+        steps = values.pop("window_steps", None)
+        if values["scope"] == "window":
+            own = f":{values['start_iter']}" if values["start_iter"] else ""
+            values |= {"scope": "micro", "over": f"delayed:1:{steps}{own}", "start_iter": 0}
+        return cls(**values)
 
     @property
     def name(self) -> str:
@@ -65,7 +76,8 @@ GPU_MODEL = """
 def arguments(run: Run, *, size: str, data: Path, index: dict, out: Path) -> list[str]:
     """Everything after the script's name. The flags of the plugin are the last."""
     s = run.setting
-    kind = s.loss if s.alpha and s.loss != "none" else "none"
+    quantiles = s.loss == "quantile_balancing"
+    kind = s.loss if s.alpha or quantiles else "none"
     common = f"""
         --seq-length {index["sequence_length"]} --max-position-embeddings {index["sequence_length"]}
         --position-embedding-type rope --swiglu --normalization RMSNorm --disable-bias-linear
@@ -79,6 +91,8 @@ def arguments(run: Run, *, size: str, data: Path, index: dict, out: Path) -> lis
     """
     if s.bias_rate:
         common += f" --moe-router-enable-expert-bias --moe-router-bias-update-rate {s.bias_rate}"
+    if quantiles:
+        common += f" --moe-router-quantile-balancing-ema {s.quantile_ema}"
     words = ((CPU_MODEL if size == "cpu" else GPU_MODEL) + common).split()
     words += ["--data-cache-path", str(out / "cache" / run.name), "--reproduce-data", str(data)]
     words += ["--train-data-path", *(part for d in index["domains"] for part in ("1", str(data / f"{d['stem']}_train")))]
@@ -90,7 +104,7 @@ def arguments(run: Run, *, size: str, data: Path, index: dict, out: Path) -> lis
 def plugin_flags(setting: Setting) -> list[str]:
     """The flags `--moe-lbl-*`."""
     words = ["--moe-lbl-scope", setting.scope]
-    for name in ("start_iter", "micro_coeff", "window_steps", "group_size"):
+    for name in ("start_iter", "micro_coeff", "group_size"):
         if getattr(setting, name):
             words += ["--moe-lbl-" + name.replace("_", "-"), str(getattr(setting, name))]
     return words

@@ -109,7 +109,7 @@ class Training:
             "data": self.index["digest"],
             "domains": [domain["name"] for domain in self.index["domains"]],
             "seconds": round(time.monotonic() - self.began, 1),
-            "machine": {"processor": _processor(), "cores": os.cpu_count()},
+            "machine": {"processor": _processor("model name"), "cores": os.cpu_count(), "model": _model()},
             "versions": _versions(),
             **json.loads(self.measured.read_text(encoding="utf-8")),
         }
@@ -178,9 +178,14 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _processor() -> str:
+def _processor(key: str) -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+        return next(line.split(":", 1)[1].strip() for line in lines if line.split(":")[0].strip() == key)
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()
+
+
+def _model() -> str:
+    """What tells processors apart whose names a virtual machine shortens."""
+    return f"family {_processor('cpu family')}, model {_processor('model')}"

@@ -17,23 +17,30 @@
 #   CONTAINER_IMAGE    run the nodes in this container: an image for pyxis/enroot (srun --container-image) [none]
 #   CONTAINER_MOUNTS   what it sees, as pyxis writes it [this repository, RUN_DIR and MEGATRON_LM_DIR]; data must be added
 #   SRUN_ARGS          more options for srun, in words
-#   DRY_RUN=1          print the srun command and what every node would start
+#   DRY_RUN=1          print the srun command and what every node would start; also outside of SLURM, on NNODES made-up nodes [1]
 set -uo pipefail
 
 fail() { echo "job.sh: error: $*" >&2; exit 2; }
 tell() { echo "job.sh: $(date '+%F %T') job ${SLURM_JOB_ID:-none}, attempt $((${SLURM_RESTART_COUNT:-0} + 1)): $*"; }
 
 repo=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
-[[ -n ${SLURM_JOB_ID:-} ]] || fail "not in a SLURM job; submit examples/slurm/one_node.sbatch or multi_node.sbatch"
+dry_run=${DRY_RUN:-0}
+[[ -n ${SLURM_JOB_ID:-} || $dry_run == 1 ]] ||
+  fail "not in a SLURM job; submit examples/slurm/one_node.sbatch or multi_node.sbatch, or set DRY_RUN=1"
 (($#)) || fail "no launch script; allowed: one of $repo/examples/*.sh"
 [[ -f $1 ]] || fail "no such launch script: $1; allowed: one of $repo/examples/*.sh, seen from $PWD"
 [[ -n ${RUN_DIR:-} ]] || fail "RUN_DIR is not set; allowed: a folder on a file system that all nodes share"
-mkdir -p "$RUN_DIR/logs" || fail "RUN_DIR $RUN_DIR cannot be made"
-RUN_DIR=$(cd "$RUN_DIR" && pwd)
+[[ $dry_run == 1 ]] || mkdir -p "$RUN_DIR/logs" || fail "RUN_DIR $RUN_DIR cannot be made"
+RUN_DIR=$(realpath -m "$RUN_DIR")
 export RUN_DIR
 
 # Rank 0 is on the first node of the list, as SLURM orders it (SLURM_NODEID 0).
-mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+if [[ -n ${SLURM_JOB_ID:-} ]]; then
+  mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+else
+  mapfile -t nodes < <(seq -f "node-%g" 0 $((${NNODES:-1} - 1)))
+  SLURM_JOB_ID=0 SLURM_CPUS_ON_NODE=CPUS_ON_NODE MASTER_ADDR=${MASTER_ADDR:-${nodes[0]}}
+fi
 : "${MASTER_ADDR:=$(scontrol show node -o "${nodes[0]}" | sed -n 's/.* NodeAddr=\([^ ]*\).*/\1/p')}"
 : "${MASTER_PORT:=$((20000 + SLURM_JOB_ID % 10000))}" # two jobs on one node do not meet
 export MASTER_ADDR MASTER_PORT
@@ -52,7 +59,7 @@ read -ra more <<<"${SRUN_ARGS:-}"
 srun+=("${more[@]}" bash "$repo/examples/slurm/node.sh" "$@")
 
 tell "nodes ${nodes[*]}; rendezvous at $MASTER_ADDR:$MASTER_PORT; logs in $RUN_DIR/logs"
-if [[ ${DRY_RUN:-0} == 1 ]]; then
+if [[ $dry_run == 1 ]]; then
   printf '%q ' "${srun[@]}"
   printf '\n'
   NNODES=${#nodes[@]} NODE_RANK=0 exec bash "$@"

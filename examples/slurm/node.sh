@@ -5,7 +5,7 @@
 # past torchrun, which would give them 30 seconds and then kill them in the middle of the checkpoint. Depending on SLURM's
 # process tracking, USR1 also reaches every process below this one, so it is ignored there. Needs pkill (procps).
 set -uo pipefail
-[[ -n ${SLURM_JOB_NUM_NODES:-} ]] || { echo "node.sh: error: not in a SLURM job; job.sh starts it there" >&2; exit 2; }
+[[ -n ${SLURM_JOB_NUM_NODES:-} ]] || { echo "node.sh: error: not in a SLURM job; job.sh starts it there (DRY_RUN=1 shows with what)" >&2; exit 2; }
 command -v pkill >/dev/null || { echo "node.sh: error: no pkill here; allowed: an image with procps" >&2; exit 2; }
 
 export NNODES=$SLURM_JOB_NUM_NODES NODE_RANK=$SLURM_NODEID

@@ -1,4 +1,4 @@
-"""What is installed in this environment, as far as the plugin cares. Every line is found out here, nothing is assumed."""
+"""What is installed in this environment, in words, for `megatron-lbl doctor`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pathlib import Path
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Keep the import messages of Megatron and its friends out of the output: warnings, logging and whatever they print."""
+    """Suppress warnings, logging and whatever an import prints."""
     sys.stdout.flush()
     sys.stderr.flush()
     kept = [os.dup(1), os.dup(2)]
@@ -36,6 +36,17 @@ def quiet() -> Iterator[None]:
                 os.close(original)
 
 
+def import_lightly() -> None:
+    """For the rest of this process leave out what takes half of Megatron's import: compiled functions and W&B."""
+    import torch
+
+    def compile_nothing(function=None, **_):
+        return compile_nothing if function is None else function
+
+    torch.compile = compile_nothing  # type: ignore[assignment]
+    sys.modules.setdefault("wandb", None)  # type: ignore[arg-type]
+
+
 def try_import(module: str) -> str | None:
     """Import a module in silence: None if that works, or the reason in one line."""
     with quiet():
@@ -46,28 +57,13 @@ def try_import(module: str) -> str | None:
     return None
 
 
-def version_of(*distributions: str) -> str | None:
-    """Version of the first of these distributions that is installed."""
-    for name in distributions:
-        try:
-            return importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return None
-
-
 def folder_of(module: str) -> Path | None:
     """Where a top-level package lies; it is not imported."""
     spec = importlib.util.find_spec(module)
-    if spec is None:
-        return None
-    if spec.submodule_search_locations:
-        return Path(next(iter(spec.submodule_search_locations)))
-    return Path(spec.origin).parent if spec.origin else None
+    return next(map(Path, (spec and spec.submodule_search_locations) or []), None)
 
 
 def gpus() -> str:
-    """The GPUs that PyTorch sees, in words."""
     import torch
 
     if not torch.cuda.is_available():
@@ -79,22 +75,23 @@ def gpus() -> str:
 
 
 def transformer_engine() -> str:
-    """Transformer Engine, in words."""
     if folder_of("transformer_engine") is None:
         return "not installed"
-    version = version_of("transformer-engine", "transformer-engine-torch", "transformer-engine-cu13", "transformer-engine-cu12")
+    version = "of unknown version"
+    for name in ("transformer-engine-cu12", "transformer-engine-cu13", "transformer-engine-torch", "transformer-engine"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            version = importlib.metadata.version(name)
     problem = try_import("transformer_engine.pytorch")
-    return f"{version or 'of unknown version'}" + (f", but it does not import: {problem}" if problem else "")
+    return version + (f", but it does not import: {problem}" if problem else "")
 
 
 def apex() -> str:
-    """NVIDIA Apex, in words: told from the unrelated package that the public index has under the same name."""
+    """NVIDIA's; the public index has an unrelated package of the same name."""
     folder = folder_of("apex")
-    extension = importlib.util.find_spec("amp_C") is not None
     if folder is None:
         return "not installed"
-    if not (folder / "optimizers").is_dir() and not extension:
-        return f"not installed: the package apex in {folder} is an unrelated project of the same name, not NVIDIA's"
-    if not extension:
+    if importlib.util.find_spec("amp_C") is not None:
+        return f"{folder}, with its CUDA extensions (amp_C)"
+    if (folder / "optimizers").is_dir():
         return f"{folder}, but built without its CUDA extensions (no amp_C): its fused optimizers do not work"
-    return f"{folder}, with its CUDA extensions (amp_C)"
+    return f"not installed: the package apex in {folder} is an unrelated project of the same name, not NVIDIA's"

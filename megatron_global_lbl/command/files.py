@@ -1,4 +1,4 @@
-"""Replaces a file in one move: whoever reads it sees the old one or the new one, and a failure leaves the old one."""
+"""Replacing a file in one move (a reader sees the old one or the new one), and what an error says to a user."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ from pathlib import Path
 
 
 def replace_file(file: Path, content: bytes) -> None:
-    """Write the file in one move, with its mode and owner."""
-    file = file.resolve()  # what a link points to, not the link
+    """Write the file in one move, with its mode and owner. A link is replaced, not followed."""
     status = file.stat()
     descriptor, temporary = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
     try:
@@ -25,3 +24,11 @@ def replace_file(file: Path, content: bytes) -> None:
     except BaseException:
         os.unlink(temporary)
         raise
+
+
+def reason(error: Exception) -> str:
+    """What a user reads of an error: an OSError's file and reason, without its number."""
+    if not isinstance(error, OSError) or error.strerror is None:
+        return str(error)
+    name = error.filename2 or error.filename
+    return error.strerror if name is None else f"{name}: {error.strerror}"

@@ -5,8 +5,6 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 # Everything that may change with the plugin is behind the two calls, so that an upgrade of it needs no new patch. Without the
 # plugin the command line is searched, not only declared: argparse would ignore the flags where a script parses known ones.
 ARGUMENTS = b"""\
@@ -32,23 +30,14 @@ class DoesNotFit(Exception):
     """The file is none that these lines go into, or come out of."""
 
 
-class Insertion(NamedTuple):
-    """`text` goes between the line `after` and the empty line that follows it."""
+def insertions(release: tuple[int, int]) -> tuple[tuple[bytes, bytes], ...]:
+    """Lines of a release, (major, minor), and the text that goes between each and the empty line that follows it.
 
-    after: bytes
-    text: bytes
-
-
-def insertions(release: tuple[int, int]) -> tuple[Insertion, Insertion]:
-    """Those of a release, (major, minor): the flags at the end of the parser, and the hook after the validation.
-
-    The line before is always followed by an empty one: so a patch's lines of context hold one line of Megatron-LM each.
+    Always an empty one: so a patch's lines of context hold one line of Megatron-LM each.
     """
     last = b"fault_injector" if release >= (0, 18) else b"sft"
-    return (
-        Insertion(b"    parser = _add_" + last + b"_args(parser)\n", ARGUMENTS),
-        Insertion(b'    _print_args("arguments", args)\n', VALIDATED),
-    )
+    parser, validated = b"    parser = _add_" + last + b"_args(parser)\n", b'    _print_args("arguments", args)\n'
+    return (parser, ARGUMENTS), (validated, VALIDATED)
 
 
 def fits(content: bytes, release: tuple[int, int]) -> bool:
@@ -57,11 +46,7 @@ def fits(content: bytes, release: tuple[int, int]) -> bool:
 
 
 def insert(content: bytes, release: tuple[int, int]) -> bytes:
-    """The file with all insertions.
-
-    Raises:
-        DoesNotFit: a place is not there exactly once.
-    """
+    """The file with all insertions; DoesNotFit if a place is not there exactly once."""
     if not fits(content, release):
         raise DoesNotFit("a line to insert something after is not there exactly once, before an empty line")
     for after, text in insertions(release):
@@ -70,11 +55,7 @@ def insert(content: bytes, release: tuple[int, int]) -> bytes:
 
 
 def remove(content: bytes, release: tuple[int, int]) -> bytes:
-    """The file without the insertions.
-
-    Raises:
-        DoesNotFit: one is not there exactly once.
-    """
+    """The file without the insertions; DoesNotFit if one is not there exactly once."""
     for after, text in insertions(release):
         if content.count(after + text) != 1:
             raise DoesNotFit("what was inserted is not there exactly once")

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 from megatron_global_lbl.command.extra import missing_extra
+from megatron_global_lbl.command.files import reason
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,14 +34,12 @@ def run(args: argparse.Namespace) -> int:
             result = read(path)
             print("\n".join([f"{path}:", *lines(result)]))
             if not args.no_pictures:
-                from megatron_global_lbl.report import experts, style
+                from megatron_global_lbl.report import experts
+                from megatron_global_lbl.report.paper import write_pngs
 
-                with style.styled():
-                    for picture in experts.pictures(result):
-                        file = (path if path.is_dir() else path.parent) / f"{picture.name}.png"
-                        file.write_bytes(picture.png)
-                        print(f"written to {file}")
+                for file in write_pngs(experts.charts([("", result)]), path if path.is_dir() else path.parent):
+                    print(f"written to {file}")
     except (NotASpecialisation, OSError) as error:
-        print(f"megatron-lbl specialise: error: {error}", file=sys.stderr)
+        print(f"megatron-lbl specialise: error: {reason(error)}", file=sys.stderr)
         return 2
     return 0

@@ -1,21 +1,20 @@
-"""The one place that issues a collective: sums of small integer or float buffers over a group of ranks, and what
+"""The only place that issues a collective: sums of small buffers over a group of ranks, and what
 `megatron_global_lbl.specialise` exchanges while it evaluates.
 
-Order: every reduction starts in a forward of a MoE layer or at the step's end, and all ranks of a group run the same
-layers of the same pipeline stage in the same schedule. So all ranks start the same reductions in the same order, whatever
-their backward does: that is why nothing is ever started in a backward.
+Order: a reduction starts at the end of a model chunk's forward, or at the end of a step or of an interval. Ranks of a group run
+the same schedule, so they start the same reductions in the same order. Nothing starts in a backward, whose order may differ.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_global_lbl.core.whole_graph import WholeGraph
 from megatron_global_lbl.settings import ConfigError
 
 
@@ -27,15 +26,12 @@ def is_capturing(tensor: Tensor) -> bool:
 class Reduction:
     """An all-reduce (sum, in place) that has been started; `wait` gives its result."""
 
-    def __init__(
-        self, buffer: Tensor, group: dist.ProcessGroup | None, *, blocking: bool, whole_graph: WholeGraph | None = None
-    ) -> None:
-        """Start summing `buffer` over `group`; None, or a group of one rank, means that it is the result already.
+    def __init__(self, buffer: Tensor, group: dist.ProcessGroup | None, *, whole_graph: WholeGraph | None = None) -> None:
+        """Start summing `buffer` over `group`; with None, or a group of one rank, it is the result already.
 
         Args:
             buffer: what to sum.
             group: the ranks.
-            blocking: wait for the sum on the spot.
             whole_graph: may hold the first use, too.
         """
         self._buffer = buffer
@@ -43,8 +39,6 @@ class Reduction:
         self._was_waited_for = False
         if group is not None and group.size() > 1:
             self._work = dist.all_reduce(buffer, group=group, async_op=True)
-            if blocking:
-                self.wait()
             if is_capturing(buffer):
                 # A CUDA graph contains the wait for what it starts, and no other graph may wait for it.
                 if whole_graph is not None and whole_graph.is_open:
@@ -68,6 +62,39 @@ class Reduction:
         """Wait for the last time: the CUDA graph that is being captured will not be waited for."""
         self.wait()
         self._work = None
+
+
+class WholeGraph:
+    """A CUDA graph that holds forwards and their backwards, and what it started: each reduction is waited for where it is used
+    first. Other graphs hold a forward alone, and what they start they wait for at once.
+
+    Attributes:
+        is_open: what is captured now goes into such a graph.
+    """
+
+    def __init__(self) -> None:
+        self.is_open = False
+        self._started: list[Reduction] = []
+
+    @contextmanager
+    def opened(self) -> Iterator[None]:
+        """The step that runs within goes into such a graph, if it is captured."""
+        self.is_open = True
+        try:
+            yield
+        finally:
+            self.is_open = False
+            self._started.clear()
+
+    def add(self, reduction: Reduction) -> None:
+        """The capture has come to its start."""
+        self._started.append(reduction)
+
+    def join(self) -> None:
+        """The capture has come to its end: it waits for what nobody has used."""
+        for reduction in self._started:
+            reduction.join()
+        self._started.clear()
 
 
 def gather_objects(value: Any, group: dist.ProcessGroup) -> list[Any]:
@@ -99,52 +126,28 @@ def exchange_columns(rows: Tensor, group: dist.ProcessGroup) -> Tensor:
     return received.view(-1, share)
 
 
-@dataclass(frozen=True)
-class BalanceGroup:
-    """The ranks of one pipeline stage over which f is counted.
+def sync_group(stage: dist.ProcessGroup, model: dist.ProcessGroup, group_size: int | None) -> tuple[int, int, int]:
+    """(groups of data-parallel ranks, this rank's among them, data-parallel ranks in each): f is counted within a group.
 
-    Attributes:
-        stage: process group of all ranks of the stage (TP x CP x DP).
-        model: process group of one data-parallel rank (TP x CP).
-        counted: process group over which micro-batches are counted: the stage, or a part of it (`--moe-lbl-group-size`).
-        size: data-parallel ranks in `counted`.
-        index: which part of the stage `counted` is.
-        parts: number of such parts in the stage.
-        leads: this rank is the first of `model`: what is counted once per data-parallel rank is counted by it.
+    Args:
+        stage: all ranks of the pipeline stage (TP x CP x DP).
+        model: those of one data-parallel rank (TP x CP).
+        group_size: None for one group.
+
+    Raises:
+        ConfigError: `group_size` does not divide the data-parallel size, or the ranks of a TP x CP group are not adjacent in
+            the stage.
     """
-
-    stage: dist.ProcessGroup
-    model: dist.ProcessGroup
-    counted: dist.ProcessGroup
-    size: int
-    index: int
-    parts: int
-    leads: bool
-
-    @staticmethod
-    def create(stage: dist.ProcessGroup, model: dist.ProcessGroup, group_size: int | None) -> BalanceGroup:
-        """Split the stage into groups of `group_size` data-parallel ranks; None means the whole stage.
-
-        Called by all ranks of a stage at the same point (the first forward of its first MoE layer), by no others: ranks
-        of a stage without MoE layers never get here, so only the members take part in creating a group.
-
-        Raises:
-            ConfigError: `group_size` does not divide the data-parallel size, or the ranks of a TP x CP group do not
-                lie side by side in the stage.
-        """
-        data_parallel_size = stage.size() // model.size()
-        leads = model.rank() == 0
-        if group_size is None or group_size == data_parallel_size:
-            return BalanceGroup(stage, model, stage, data_parallel_size, 0, 1, leads)
-        if data_parallel_size % group_size:
-            raise ConfigError(f"--moe-lbl-group-size {group_size} does not divide the data-parallel size {data_parallel_size}")
-        ranks = sorted(dist.get_process_group_ranks(stage))
-        index = ranks.index(dist.get_rank()) // (group_size * model.size())
-        members = ranks[index * group_size * model.size() :][: group_size * model.size()]
-        if not set(dist.get_process_group_ranks(model)) <= set(members):
-            raise ConfigError(
-                f"--moe-lbl-group-size {group_size} needs the ranks of a TP x CP group side by side; they are "
-                f"{dist.get_process_group_ranks(model)} of {ranks}"
-            )
-        counted = dist.new_group(members, use_local_synchronization=True)
-        return BalanceGroup(stage, model, counted, group_size, index, data_parallel_size // group_size, leads)
+    data_parallel_size = stage.size() // model.size()
+    if group_size is None or group_size == data_parallel_size:
+        return 1, 0, data_parallel_size
+    if data_parallel_size % group_size:
+        raise ConfigError(f"--moe-lbl-group-size {group_size} does not divide the data-parallel size {data_parallel_size}")
+    ranks = sorted(dist.get_process_group_ranks(stage))
+    place = ranks.index(dist.get_rank()) // model.size()
+    if set(dist.get_process_group_ranks(model)) != set(ranks[place * model.size() :][: model.size()]):
+        raise ConfigError(
+            f"--moe-lbl-group-size {group_size} needs the ranks of a TP x CP group side by side; they are "
+            f"{dist.get_process_group_ranks(model)} of {ranks}"
+        )
+    return data_parallel_size // group_size, place // group_size, group_size

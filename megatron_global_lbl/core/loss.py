@@ -18,14 +18,14 @@ from torch import Tensor
 
 
 def score_gradient(
-    *, tokens_per_expert: Tensor, num_tokens: int | Tensor, coeff: float = 1.0, dtype: torch.dtype = torch.float32
+    *, tokens_per_expert: Tensor, num_tokens: float | Tensor, coeff: float | Tensor = 1.0, dtype: torch.dtype = torch.float32
 ) -> Tensor:
     """d LBL / d s[t, i], the same for every token t.
 
     Args:
         tokens_per_expert: [..., E] integer counts over the balance batch, of one or several layers.
         num_tokens: number of tokens that p is a mean over; a tensor ([..., 1] or a scalar) stays on its device.
-        coeff: alpha.
+        coeff: alpha; a tensor ([..., 1]) where layers differ.
         dtype: of the result, float32 or float64.
 
     Returns:

@@ -10,6 +10,7 @@ import functools
 import importlib
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
@@ -18,7 +19,15 @@ from megatron_global_lbl.hook.versions import SUPPORTED, UnsupportedMegatron, in
 ARGUMENTS = "megatron.training.arguments"
 
 
-def install(add_arguments: Callable, activate: Callable, prepare: Callable | None = None) -> None:
+@dataclass
+class Use:
+    """What a script did with Megatron's parser."""
+
+    built: bool = False
+    validated: bool = False
+
+
+def install(add_arguments: Callable, activate: Callable, prepare: Callable | None = None) -> Use:
     """Add flags to Megatron's own parser, and turn on what they ask for once Megatron has validated its arguments.
 
     Lasts for the process: the launcher is its only caller.
@@ -27,6 +36,9 @@ def install(add_arguments: Callable, activate: Callable, prepare: Callable | Non
         add_arguments: takes the parser, gives it back with the flags.
         activate: takes the validated arguments.
         prepare: takes the arguments before Megatron validates them (those of a checkpoint included), and may change them.
+
+    Returns:
+        Says later whether the script has used the parser.
 
     Raises:
         UnsupportedMegatron: no Megatron-Core, an unsupported release, no training loop beside it, or a symbol missing.
@@ -42,15 +54,18 @@ def install(add_arguments: Callable, activate: Callable, prepare: Callable | Non
         ) from error
     original_add = _symbol(arguments, "add_megatron_arguments")
     original_validate = _symbol(arguments, "validate_args")
+    use = Use()
 
     @functools.wraps(original_add)
     def add_megatron_arguments(parser):
+        use.built = True
         parser = original_add(parser)
         _mend_help(parser)
         return add_arguments(parser)
 
     @functools.wraps(original_validate)
     def validate_args(args, defaults={}):
+        use.validated = True
         if prepare is not None:
             prepare(args)
         # Megatron returns the arguments; whoever drops its result has the same object.
@@ -63,6 +78,7 @@ def install(add_arguments: Callable, activate: Callable, prepare: Callable | Non
         if isinstance(module, ModuleType) and module.__name__.startswith("megatron."):
             if vars(module).get("validate_args") is original_validate:
                 vars(module)["validate_args"] = validate_args
+    return use
 
 
 def data_parallel_size(args: Any) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor
@@ -25,11 +26,6 @@ def process_groups(router) -> tuple[dist.ProcessGroup, dist.ProcessGroup]:
     return stage, router.tp_cp_group
 
 
-def tells_mtp_routers() -> bool:
-    """Routers know that they belong to multi-token prediction since 0.17."""
-    return require_supported() >= (0, 17)
-
-
 def takes_sigmoid_in_float32() -> bool:
     """Sigmoid scores of logits in another type are computed in float32 since 0.17."""
     return require_supported() >= (0, 17)
@@ -41,20 +37,19 @@ def proven_fsdp() -> str | None:
     return {(0, 19): "FullyShardedDataParallel", (0, 20): "FullyShardedDataParallelV1"}.get(require_supported())
 
 
-def stage_name(stage: dist.ProcessGroup) -> str:
-    """Names this rank's pipeline stage in files: "pp" and its index, or its first rank without Megatron's global groups."""
-    from megatron.core import parallel_state
-
-    if parallel_state.model_parallel_is_initialized():
-        return f"pp{parallel_state.get_pipeline_model_parallel_rank()}"
-    return f"rank{min(dist.get_process_group_ranks(stage))}"
-
-
 def pipeline_group() -> dist.ProcessGroup | None:
     """One rank of each pipeline stage, this one among them; None without Megatron's global groups."""
     from megatron.core import parallel_state
 
     return parallel_state.get_pipeline_model_parallel_group() if parallel_state.model_parallel_is_initialized() else None
+
+
+def pipeline_of(module: Any) -> dist.ProcessGroup | None:
+    """The pipeline group over which the stages of a model agree, by the configuration of its first chunk on this rank; None if
+    it has one stage, or none of Megatron's global groups."""
+    stages = getattr(getattr(module, "config", None), "pipeline_model_parallel_size", 1)
+    group = pipeline_group()
+    return group if group is not None and group.size() == stages > 1 else None
 
 
 def backward_scale(config) -> Callable[[], Tensor | float]:

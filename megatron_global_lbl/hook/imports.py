@@ -1,9 +1,9 @@
-"""Waiting for a module that is not imported yet: `register` may come before a script's `from megatron.training import ...`."""
+"""Waiting for a module of Megatron that is not imported yet: `register` may come before a script's imports."""
 
 from __future__ import annotations
 
-import importlib.util
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
@@ -14,7 +14,9 @@ Undo = Callable[[], None]
 
 
 def when_imported(name: str, then: Callable[[], None]) -> Undo:
-    """Call `then` now if the module `name` is imported, else right after its import.
+    """Call `then` once the module `name` is imported, and no module of its top-level package is half imported in that thread.
+
+    An error of `then` is one of the import that it ends, and comes again with the next: a script may catch it once.
 
     Returns:
         What ends the waiting; without effect once `then` was called.
@@ -28,30 +30,51 @@ def when_imported(name: str, then: Callable[[], None]) -> Undo:
 
 
 class _Finder(MetaPathFinder):
-    """Finds one module as the others would, once, and has its loader tell of it."""
+    """Finds the modules of one package as the others would, and counts how deep their imports are nested."""
 
     def __init__(self, name: str, then: Callable[[], None]) -> None:
         self._name, self._then = name, then
+        self._package = name.partition(".")[0] + "."
+        self._thread = threading.local()
 
     def leave(self) -> None:
         if self in sys.meta_path:
             sys.meta_path.remove(self)
 
     def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
-        if name != self._name:
+        if not name.startswith(self._package):
             return None
-        self.leave()
-        spec = importlib.util.find_spec(name)
-        if spec is not None and spec.loader is not None:
-            spec.loader = _Telling(spec.loader, self._then)
-        return spec
+        for other in sys.meta_path:
+            spec = None if other is self or not hasattr(other, "find_spec") else other.find_spec(name, path, target)
+            if spec is not None:
+                if spec.loader is not None:  # of a namespace package
+                    spec.loader = _Counting(spec.loader, self)
+                return spec
+        return None
+
+    def execute(self, loader: Any, module: ModuleType) -> None:
+        self._thread.depth = getattr(self._thread, "depth", 0) + 1
+        try:
+            loader.exec_module(module)
+        finally:
+            self._thread.depth -= 1
+        if self._thread.depth == 0 and self._name in sys.modules and self in sys.meta_path:
+            self.leave()  # `then` imports modules of the package itself
+            try:
+                self._then()
+            except BaseException:
+                sys.meta_path.insert(0, self)
+                raise
 
 
-class _Telling(Loader):
-    """Loads as `loader` does, and then tells; the module keeps `loader` as its own."""
+class _Counting(Loader):
+    """Loads as `loader` does; the module keeps `loader` as its own."""
 
-    def __init__(self, loader: Any, then: Callable[[], None]) -> None:
-        self._loader, self._then = loader, then
+    def __init__(self, loader: Any, finder: _Finder) -> None:
+        self._loader, self._finder = loader, finder
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._loader, name)  # runpy asks for the code, others for resources
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
         return self._loader.create_module(spec)
@@ -59,5 +82,4 @@ class _Telling(Loader):
     def exec_module(self, module: ModuleType) -> None:
         assert module.__spec__ is not None
         module.__spec__.loader = module.__loader__ = self._loader
-        self._loader.exec_module(module)
-        self._then()
+        self._finder.execute(self._loader, module)

@@ -2,9 +2,42 @@
 
 from __future__ import annotations
 
+import importlib
+import sys
 from typing import Any
 
 from torch import nn
+
+from megatron_global_lbl.hook import refusals
+from megatron_global_lbl.hook.loss_log import KEYS
+from megatron_global_lbl.settings import ConfigError
+
+ROUTER = "megatron.core.transformer.moe.router"
+
+
+def router_class() -> Any:
+    """Megatron's `TopKRouter`, also where a framework has put a subclass under its name."""
+    found = importlib.import_module(ROUTER).TopKRouter
+    return next((c for c in found.__mro__ if c.__module__ == ROUTER and c.__name__ == "TopKRouter"), found)
+
+
+def refuse_other_routers(model: nn.Module, chosen: str) -> None:
+    """
+    Raises:
+        ConfigError: a MoE layer of Megatron's has a loss by its configuration, and a router that is no `TopKRouter`.
+    """
+    from megatron.core.transformer.moe.moe_layer import BaseMoELayer
+
+    for layer in (module for module in model.modules() if isinstance(module, BaseMoELayer)):
+        router = getattr(layer, "router", None)
+        found = refusals.losses(layer.config) if isinstance(router, nn.Module) else {}
+        if not isinstance(router, router_class()) and any(found.get(kind, 0) > 0 for kind in KEYS):
+            kind = type(router)
+            place = getattr(sys.modules.get(kind.__module__), "__file__", kind.__module__)
+            raise ConfigError(
+                f"{chosen} cannot reach MoE layer {layer_key(layer)}: its router {kind.__name__} ({place}) is no TopKRouter of "
+                "Megatron's. Let it extend megatron.core.transformer.moe.router.TopKRouter, or remove the --moe-lbl flags"
+            )
 
 
 def layer_key(router: Any) -> str:
@@ -23,11 +56,10 @@ def routers_of(model: nn.Module | list[nn.Module]) -> dict[str, nn.Module]:
     Args:
         model: a module, or the list of a model's chunks on this rank, wrapped in DDP or not.
     """
-    from megatron.core.transformer.moe.router import TopKRouter
-
+    router_type = router_class()
     named: dict[str, nn.Module] = {}
     for chunk in model if isinstance(model, (list, tuple)) else [model]:
-        for router in (module for module in chunk.modules() if isinstance(module, TopKRouter)):
+        for router in (module for module in chunk.modules() if isinstance(module, router_type)):
             key, twins = layer_key(router), 1
             name = key
             while name in named:

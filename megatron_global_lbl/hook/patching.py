@@ -25,6 +25,13 @@ class _Installed(NamedTuple):
         return vars(self.owner).get(self.name) is self.replacement
 
 
+def _definer(owner: type, name: str, module_name: str) -> type:
+    """The class of the module that defines a method: `owner` itself, or one above it if a framework has replaced the class by a
+    subclass."""
+    definers = [c for c in owner.__mro__ if name in vars(c)]
+    return next((c for c in definers if c.__module__ == module_name), owner)
+
+
 class Patches:
     """Symbols replaced by one registration."""
 
@@ -49,7 +56,8 @@ class Patches:
             *outer, name = symbol.split(".")
             for part in outer:
                 owner = getattr(owner, part)
-            # From the owner's own dictionary: an inherited method is another symbol.
+            if isinstance(owner, type) and not inherited:
+                owner = _definer(owner, name, module_name)
             original = getattr(owner, name) if inherited else vars(owner)[name]
         except (ModuleNotFoundError, AttributeError, KeyError) as error:
             if isinstance(error, ModuleNotFoundError) and not f"{module_name}.".startswith(f"{error.name}."):

@@ -11,12 +11,11 @@ from torch import Tensor
 
 from megatron_global_lbl.hook import compatibility
 from megatron_global_lbl.hook.arguments import data_parallel_size
-from megatron_global_lbl.hook.log import KEYS
+from megatron_global_lbl.hook.loss_log import KEYS
 from megatron_global_lbl.settings import ConfigError, Scope, Settings, flag
 
-UNSEEN = ("sinkhorn", "quantile_balancing")
+UNSEEN = ("sinkhorn",)
 """Types of load balancing that do not select through `topk_routing_with_score_function`."""
-CHECKPOINT_FORMATS = ("torch", "torch_dist", "fsdp_dtensor")
 
 PROVEN_WRAPPERS = "Megatron's DDP, or --use-megatron-fsdp on Megatron-Core 0.19 or 0.20 (no other was proven right)"
 
@@ -125,17 +124,11 @@ def refuse_arguments(args: Any, settings: Settings) -> None:
     refuse_config(args, chosen)
     refuse_fsdp(args, chosen)
     refuse_no_warm_up(args, chosen)
-    if compatibility.cuda_graphs(args) != "none":
-        needs_python = {  # in every forward
-            "metrics": settings.metrics.value if settings.metrics is not None and settings.shows_metrics else None,
-            "metrics_dir": settings.metrics_dir,
-            "start_iter": settings.start_iter,
-        }
-        for name, value in needs_python.items():
-            if value:
-                raise ConfigError(f"{flag(name)} {value} is not supported with CUDA graphs; allowed: without")
-    if settings.scope is Scope.WINDOW:
-        refuse_window(args, chosen)
+    if settings.start_iter and compatibility.cuda_graphs(args) != "none":
+        raise ConfigError(
+            f"{flag('start_iter')} {settings.start_iter} does not work with CUDA graphs, whose replays cannot change the loss: "
+            "remove it, or the graphs"
+        )
 
 
 def refuse_nothing_to_see(args: Any, chosen: str) -> None:
@@ -164,10 +157,12 @@ def refuse_nothing_to_act_on(args: Any, chosen: str) -> None:
     found = {kind: coeff for kind, coeff in losses(args).items() if kind in KEYS}
     if not found:
         kinds = " ".join(losses(args))
-        raise ConfigError(
-            f"{chosen} has nothing to act on: --moe-router-load-balancing-type is {kinds}; allowed: aux_loss, alone or in a "
-            "list (or global_aux_loss, which is taken over)"
-        )
+        hint = "aux_loss, alone or in a list (or global_aux_loss, which is replaced)"
+        if getattr(args, "moe_router_enable_expert_bias", False):
+            hint += (
+                ". The expert bias asks for an even load over the global batch already: a global loss beside it changes little"
+            )
+        raise ConfigError(f"{chosen} has nothing to act on: --moe-router-load-balancing-type is {kinds}; allowed: {hint}")
     refuse_two_losses(list(found), chosen)
     for kind, coeff in found.items():
         if not coeff > 0:
@@ -201,32 +196,6 @@ def refuse_no_warm_up(args: Any, chosen: str) -> None:
         )
 
 
-def refuse_window(args: Any, chosen: str) -> None:
-    """
-    Raises:
-        ConfigError: the window could not be saved.
-    """
-    if getattr(args, "mtp_num_layers", None) and args.pipeline_model_parallel_size > 1:
-        if not compatibility.tells_mtp_routers():
-            raise ConfigError(
-                f"{chosen} with --mtp-num-layers {args.mtp_num_layers} and --pipeline-model-parallel-size "
-                f"{args.pipeline_model_parallel_size} needs Megatron-Core >= 0.17 (before, routers of multi-token prediction "
-                f"cannot be told from others in a checkpoint); allowed here: {flag('scope')} dp or global"
-            )
-    if args.save:
-        refuse_checkpoint_format(args.ckpt_format, chosen)
-
-
-def refuse_checkpoint_format(name: str, chosen: str) -> None:
-    """
-    Raises:
-        ConfigError: a checkpoint of this format cannot carry the window.
-    """
-    if name not in CHECKPOINT_FORMATS:
-        allowed = ", ".join(CHECKPOINT_FORMATS)
-        raise ConfigError(f"{chosen} cannot be saved with --ckpt-format {name}; allowed: {allowed} (or no --save)")
-
-
 def refuse_model(model: list, chosen: str) -> None:
     """
     Args:
@@ -254,4 +223,22 @@ def refuse_replaced_symbols(lost: list[str]) -> None:
         raise ConfigError(
             f"no router of this step reported to --moe-lbl-scope: {', '.join(lost)} was replaced after "
             "`register`; allowed: register after whatever replaces it"
+        )
+
+
+def refuse_two_values(result: Any, config: Any, chosen: str) -> None:
+    """
+    Args:
+        result: what the training's loss function gave.
+        config: the model's TransformerConfig.
+        chosen: `asked_for`.
+
+    Raises:
+        ConfigError: no number of tokens, by which `finalize_model_grads` divides the auxiliary losses with per-token loss.
+    """
+    if len(result) == 2 and any(losses(config).get(kind, 0) > 0 for kind in KEYS):
+        raise ConfigError(
+            f"{chosen} with --calculate-per-token-loss: the loss function returned 2 values, so no gradient is divided by the "
+            "number of tokens, and auxiliary losses are that much too strong. Let it return 3 values (loss, number of tokens, "
+            "what to log), or remove --calculate-per-token-loss"
         )

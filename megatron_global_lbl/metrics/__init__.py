@@ -3,7 +3,6 @@
 The record is read without PyTorch and without Megatron (NumPy only): `from megatron_global_lbl.metrics import read`.
 """
 
-from megatron_global_lbl.metrics.frames import METRICS, RecordError
-from megatron_global_lbl.metrics.reader import Run, read
+from megatron_global_lbl.metrics.record import METRICS, RecordError, Run, read
 
 __all__ = ["METRICS", "RecordError", "Run", "read"]

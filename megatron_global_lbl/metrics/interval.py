@@ -1,129 +1,141 @@
-"""The sums of one model's layers over a log interval, on the device: a few launches per step for all layers together.
+"""The sums of one model chunk over a log interval, on the device: a few launches per step for all layers together.
 
-What a step's forwards left is kept as it is (E numbers per layer and micro-batch) and added up at the step's end. The step that
-ended last waits apart, so that it can be taken back when Megatron runs it again, and so that what its micro-batches need summed
-over TP x CP has the time of a step to arrive.
-Shape suffixes: L layers, F forwards of all layers, E experts; S = 2 E + 3 (selections, summed scores, summed entropy, LBL of
-micro-batches, their number).
+Tables of micro-batches are kept until the step's end and added up there. What TP x CP ranks must sum for them has the time of a
+step to arrive. Shape suffixes: M micro-batches, R rows, L layers, E experts, X extras; S = 2 E + X + 2 (selections, summed
+scores, extras, LBL of micro-batches, their number).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import dataclass, replace
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from megatron_global_lbl.core.chunk import Chunk, MicroBatch
 from megatron_global_lbl.core.collective import Reduction
-from megatron_global_lbl.core.layers import Layer
-from megatron_global_lbl.core.router_forward import Observed
-
-NAN = float("nan")
 
 
-class _Step(NamedTuple):
-    """What a step left: its forwards' own sums, the same over TP x CP, forwards by layer, and sequences of the first layer."""
+@dataclass
+class Sums:
+    """What one chunk did in some steps.
 
-    own_FS: Tensor
-    of_micro_batches: Reduction
-    lengths: tuple[int, ...]
-    sequences: int
+    Attributes:
+        steps, micro_batches, sequences: on this rank; once an interval is closed, sequences are a mean over ranks.
+        balance_sequences: sequences over which f was counted, summed over `balanced` micro-batches; likewise. `balance_R`: [R]
+            the same in selections.
+        sums_LS: [L, S] float64, over the stage's data-parallel ranks once an interval is closed. Of the last two columns, the
+            LBL of micro-batches and their number, each TP x CP rank brings its group's: only their ratio has a meaning.
+    """
+
+    steps: int
+    micro_batches: int
+    sequences: float
+    balance_sequences: float
+    balanced: int
+    balance_R: Tensor
+    sums_LS: Tensor
+
+    def add(self, other: Sums, sign: int = 1) -> None:
+        self.steps += sign * other.steps
+        self.micro_batches += sign * other.micro_batches
+        self.sequences += sign * other.sequences
+        self.balance_sequences += sign * other.balance_sequences
+        self.balanced += sign * other.balanced
+        self.balance_R.add_(other.balance_R, alpha=sign)
+        self.sums_LS.add_(other.sums_LS, alpha=sign)
 
 
 class Interval:
-    """What one model did since the interval began.
+    """What one chunk did since the interval began."""
 
-    Attributes:
-        layers: its MoE layers on this rank.
-        number: of the model, from 1, in the order in which the models' steps ended first.
-        steps: how many have ended.
-        forwards: of the first layer, on this rank.
-        sequences: of those forwards.
-        coeff: alpha, as it was last.
-    """
-
-    def __init__(self, layers: Sequence[Layer], number: int) -> None:
-        self.layers, self.number = list(layers), number
-        info = self.layers[0].info
-        self._experts, self._stage, self._model, self._device = info.num_experts, info.stage, info.model, info.device
-        self._rows: dict[tuple[int, ...], Tensor] = {}
-        self._sums_LS = torch.zeros(len(self.layers), 2 * self._experts + 3, dtype=torch.float64, device=self._device)
+    def __init__(self, chunk: Chunk) -> None:
+        self._chunk_layers, self._chunk_rows, self._device = len(chunk.layers), chunk.rows, chunk.device
+        self._experts, self._extras, self._repeated = chunk.experts, chunk.extras, chunk.repeated
+        self._stage, self._model = chunk.stage, chunk.model
+        self._topk_experts = chunk.topk * chunk.share * chunk.experts
         self._begin()
 
     def _begin(self) -> None:
-        self._sums_LS.zero_()
-        self.steps = self.forwards = self.sequences = 0
-        self._step: _Step | None = None
+        self._sums = self._no_sums()
+        self._last: Sums | None = None  # of the step that ended last; its `sums_LS` are still to be computed
+        self._own_MRS: Tensor | None = None
 
-    def add_step(self, by_layer: list[list[Observed]]) -> None:
-        """A step has ended; what its forwards left, per layer."""
+    def _no_sums(self) -> Sums:
+        sums_LS = torch.zeros(
+            self._chunk_layers, 2 * self._experts + self._extras + 2, dtype=torch.float64, device=self._device
+        )
+        return Sums(0, 0, 0, 0, 0, torch.zeros(self._chunk_rows, dtype=torch.int64, device=self._device), sums_LS)
+
+    @property
+    def steps(self) -> int:
+        return self._sums.steps + (self._last is not None)
+
+    def add_step(self, chunk: Chunk, batches: list[MicroBatch]) -> None:
+        """A step has ended, with these micro-batches."""
         self._fold()
-        forwards = [observed for of_layer in by_layer for observed in of_layer]
-        self.coeff = by_layer[0][0].coeff
-        unknown_E = torch.full((self._experts,), NAN, device=self._device)
+        sequences = sum(batch.sequences for batch in batches)
+        balance_R = chunk.balance_selections_R.clone()
+        self._last = Sums(
+            1, len(batches), sequences, chunk.balance_sequences, chunk.balanced, balance_R, torch.zeros((), device=self._device)
+        )
+        if not batches:
+            return
         with torch.no_grad():
-            counts_FE = torch.stack([forward.counts_E for forward in forwards]).float()  # exact below 2^24 per micro-batch
-            scores_FE = torch.stack([unknown_E if x.score_sums_E is None else x.score_sums_E for x in forwards]).float()
-            entropies_F = torch.stack([unknown_E[0] if x.entropy_sum is None else x.entropy_sum for x in forwards]).float()
-            sums_FS = torch.cat([counts_FE, scores_FE], dim=1)
-            alone = self._model.size() == 1
-            of_micro_batches = Reduction(sums_FS if alone else sums_FS.clone(), self._model, blocking=False)
-        lengths = tuple(len(of_layer) for of_layer in by_layer)
-        sequences = sum(observed.sequences for observed in by_layer[0])
-        self._step = _Step(torch.cat([sums_FS, entropies_F.unsqueeze(1)], dim=1), of_micro_batches, lengths, sequences)
-        self.steps += 1
-        self.forwards += lengths[0]
-        self.sequences += sequences
+            parts = [torch.stack([batch.counts_RE for batch in batches]).float()]  # exact below 2^24 per micro-batch
+            parts.append(torch.stack([batch.sums_RE for batch in batches]))
+            both_MRE = torch.cat(parts, dim=2)
+            self._of_micro_batches = Reduction(both_MRE.clone() if self._model.size() > 1 else both_MRE, self._model)
+            self._own_MRS = both_MRE
+            if self._extras:
+                self._own_MRS = torch.cat([both_MRE, torch.stack([batch.extras_RX for batch in batches])], dim=2)
 
     def take_back(self) -> None:
-        """The step that ended last is run again: once until the next has ended."""
-        if self._step is not None:
-            self._step.of_micro_batches.wait()
-            self.steps -= 1
-            self.forwards -= self._step.lengths[0]
-            self.sequences -= self._step.sequences
-            self._step = None
+        """Forget the step that ended last."""
+        self.settle()
+        self._own_MRS = self._last = None
 
     def settle(self) -> None:
         """Leave no reduction under way."""
-        if self._step is not None:
-            self._step.of_micro_batches.settle()
+        if self._own_MRS is not None:
+            self._of_micro_batches.settle()
 
-    def close(self) -> np.ndarray:
-        """[L, S] float64 sums over the stage's data-parallel ranks; the next interval begins. Waits for the device.
-
-        Of the last two columns, the LBL of micro-batches and their number, each TP x CP rank brings its group's: only their
-        ratio has a meaning.
-        """
+    def close(self) -> Sums:
+        """On the host; the next interval begins. Waits for the device."""
         self._fold()
-        Reduction(self._sums_LS, self._stage, blocking=True).wait()
-        sums_LS = self._sums_LS.cpu().numpy().copy()
+        sums = self._sums
+        last_row = sums.sums_LS.new_zeros(1, sums.sums_LS.shape[1])
+        last_row[0, :2] = torch.tensor([sums.sequences, sums.balance_sequences])  # of ranks that may have unlike numbers
+        summed_LS = Reduction(torch.cat([sums.sums_LS, last_row]), self._stage).wait().cpu()
+        sequences, balance_sequences = (summed_LS[-1, :2] / self._stage.size()).tolist()
         self._begin()
-        return sums_LS
+        return replace(
+            sums,
+            sequences=sequences,
+            balance_sequences=balance_sequences,
+            balance_R=sums.balance_R.cpu(),
+            sums_LS=summed_LS[:-1],
+        )
 
     def _fold(self) -> None:
         """Add the step that ended last."""
-        if self._step is None:
+        last, own_MRS = self._last, self._own_MRS
+        self._last = self._own_MRS = None
+        if last is None:
             return
-        own_FS, of_micro_batches, lengths, _ = self._step
-        self._step = None
-        with torch.no_grad():
-            counts_FE, scores_FE = of_micro_batches.wait().split(self._experts, dim=1)
-            selections_F1 = counts_FE.sum(dim=1, keepdim=True)
-            there_F1 = selections_F1 > 0
-            topk = self.layers[0].info.topk
-            lbl_F1 = (counts_FE / selections_F1 * scores_FE).sum(dim=1, keepdim=True) / selections_F1 * (topk * self._experts)
-            lbl_F1 = torch.where(there_F1, lbl_F1, 0.0)
-            step_FS = torch.cat([own_FS, lbl_F1, there_F1.float()], dim=1).double()
-            if len(set(lengths)) == 1:
-                self._sums_LS += step_FS.view(len(lengths), lengths[0], -1).sum(dim=1)
-            else:
-                self._sums_LS.index_add_(0, self._row_of_forwards(lengths), step_FS)
+        if own_MRS is not None:
+            with torch.no_grad():
+                step_RS = self._of_step(own_MRS)
+                if self._repeated is None:
+                    last.sums_LS = step_RS
+                else:
+                    last.sums_LS = torch.zeros_like(self._sums.sums_LS).index_add_(0, self._repeated, step_RS)
+        self._sums.add(last)
 
-    def _row_of_forwards(self, lengths: tuple[int, ...]) -> Tensor:
-        if lengths not in self._rows:
-            rows = [row for row, length in enumerate(lengths) for _ in range(length)]
-            self._rows[lengths] = torch.tensor(rows, device=self._device)
-        return self._rows[lengths]
+    def _of_step(self, own_MRS: Tensor) -> Tensor:
+        """[R, S] float64."""
+        counts_MRE, scores_MRE = self._of_micro_batches.wait().split(self._experts, dim=2)
+        selections_MR1 = counts_MRE.sum(dim=2, keepdim=True)
+        there_MR1 = selections_MR1 > 0
+        lbl_MR1 = (counts_MRE / selections_MR1 * scores_MRE).sum(dim=2, keepdim=True) / selections_MR1 * self._topk_experts
+        return torch.cat([own_MRS, torch.where(there_MR1, lbl_MR1, 0.0), there_MR1.float()], dim=2).double().sum(dim=0)

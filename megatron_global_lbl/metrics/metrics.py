@@ -1,47 +1,63 @@
-"""What looks on while a model trains: sums on the device, and once per log interval what they say, for log and record.
+"""The balance while a model trains: sums on the device, and once per log interval the measures, for log and record.
 
-An interval ends where Megatron's log says so (hook/training_log.py), at `Handle.metrics()`, or, in a loop of one's own that
-writes a record, with every step. Then there is one packed reduction over the ranks of each pipeline stage, one copy to the
-host, and, for the log, one exchange of a few numbers between the stages.
+An interval ends where Megatron's log says so (hook/metrics_log.py), at `Handle.metrics()`, or, in a custom training loop that
+writes a record, with every step. Then there is one reduction over the ranks of each pipeline stage, one copy to the host, and
+one exchange between the stages, of measures and loads: rank 0 writes the record of the whole model.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch.distributed as dist
 
-from megatron_global_lbl.core.collective import gather_objects
-from megatron_global_lbl.core.layers import Layer
-from megatron_global_lbl.core.router_forward import Observed
+from megatron_global_lbl.core.chunk import Chunk, Layer, MicroBatch
+from megatron_global_lbl.core.collective import gather_objects, is_capturing
 from megatron_global_lbl.metrics import measures
-from megatron_global_lbl.metrics.alarm_log import AlarmLog
-from megatron_global_lbl.metrics.frames import RecordError
-from megatron_global_lbl.metrics.interval import Interval
-from megatron_global_lbl.metrics.layer_names import names_of, numbers_of
-from megatron_global_lbl.metrics.writer import Writer
-from megatron_global_lbl.settings import ConfigError, Detail, Scope, Settings, flag
+from megatron_global_lbl.metrics.directory import RecordDirectory
+from megatron_global_lbl.metrics.interval import Interval, Sums
+from megatron_global_lbl.metrics.live_alarms import LiveAlarms
+from megatron_global_lbl.metrics.writer import Recorder
+from megatron_global_lbl.settings import Detail, Settings
 
-PREFIX = "moe-lbl/"
+PREFIX = "moe_lbl/"
 
 
 class _Closed(NamedTuple):
-    """A model's interval on one pipeline stage: by layer the number in Megatron's log, measures [L], and the balance batch."""
+    """A model's interval, on one pipeline stage or on all: by layer its name, its number in Megatron's log, measures [L] and
+    load [L, E]; and the mean balance batch."""
 
+    first: int
+    iteration: int
+    steps: int
+    names: list[str]
     numbers: list[int]
     values: dict[str, np.ndarray]
+    load: np.ndarray
     sequences: float
     tokens: float
+    micro_sequences: float
+    num_experts: list[int]
+    topk: list[int]
+    about: dict[str, Any]
+
+    def interval(self) -> dict[str, Any]:
+        """The arguments of `Writer.append` and `LiveAlarms.add`."""
+        names = ("first", "iteration", "steps", "values", "load", "sequences", "tokens", "micro_sequences")
+        return {name: getattr(self, name) for name in names}
 
 
 class Metrics:
-    """Observes router forwards; see `core.router_forward.Record`.
+    """Observes micro-batches; see `core.observer.Observer`.
 
     Attributes:
-        is_in_log: the training loop's log tells of its intervals (`log`).
+        is_in_log: Megatron's log says where an interval ends (`log`).
+        directory: of the record, locked by this training; None if there is none.
+        before_first: called once, before the first micro-batch is recorded.
     """
 
     def __init__(
@@ -53,82 +69,67 @@ class Metrics:
     ) -> None:
         """
         Args:
-            settings: what was registered.
+            settings: the registration's.
             versions: of the software, for the record.
-            clock: 0-based iteration of Megatron's training loop; None in a loop of one's own.
+            clock: 0-based iteration of Megatron's training loop; None in a custom training loop.
             pipeline: process group of this rank's pipeline, one rank of each stage; None if there is none.
         """
-        self.wants_entropy = settings.metrics is Detail.DETAILED
+        self.wants_extras = settings.metrics is Detail.DETAILED
         self._settings, self._versions, self._clock, self._pipeline = settings, dict(versions), clock, pipeline
         self.is_in_log = False
         self._started = time.time()
-        self._observed: dict[Layer, list[Observed]] = {}
-        self._models: dict[tuple[Layer, ...], Interval] = {}
-        self._met = 0
-        self._gone: set[Layer] = set()
-        self._writers: dict[int, Writer] = {}
-        self._alarms: dict[int, AlarmLog] = {}
+        self._batches: dict[Chunk, list[MicroBatch]] = {}
+        self._captured: dict[Chunk, list[MicroBatch]] = {}  # in CUDA graphs of whole steps: each replay fills them anew
+        self._intervals: dict[int, dict[Chunk, Interval]] = {}  # by model
+        self.directory: RecordDirectory | None = None
+        self.before_first: Callable[[], None] | None = None
+        self._recorder: Recorder | None = None
+        self._alarms: dict[int, LiveAlarms] = {}
         self._iteration = 0
-        self._latest: dict[int, _Closed] = {}
-        self._failed = self._broken = self._quiet = False
+        self._closed_to: int | None = None  # the last iteration of the interval that ended last
+        self._since: dict[int, dict[Chunk, Sums]] = {}  # since the last `now`
+        self._quiet = False
 
-    def observe(self, layer: Layer, observed: Observed) -> None:
-        """A forward of a layer."""
-        self._observed.setdefault(layer, []).append(observed)
+    def add(self, batch: MicroBatch) -> None:
+        """A micro-batch has closed."""
+        if self.before_first is not None:
+            before_first, self.before_first = self.before_first, None
+            before_first()
+        self._batches.setdefault(batch.chunk, []).append(batch)
+        if is_capturing(batch.counts_RE):
+            self._captured.setdefault(batch.chunk, []).append(batch)
 
-    def refuse_capture(self) -> None:
-        """
-        Raises:
-            ConfigError: always. A replayed CUDA graph runs no Python.
-        """
-        name = "metrics" if self._settings.metrics_dir is None else "metrics_dir"
-        value = getattr(self._settings.metrics, "value", None) if name == "metrics" else self._settings.metrics_dir
-        raise ConfigError(
-            f"{flag(name)} {value} is not supported with CUDA graphs of the router; allowed: without it, or graphs of other "
-            "modules"
-        )
+    def drop(self, chunks: list[Chunk]) -> None:
+        """Forget the micro-batches of these chunks since their last step's end."""
+        for chunk in chunks:
+            self._batches.pop(chunk, None)
 
-    def drop(self, layers: list[Layer]) -> None:
-        """Forget what these layers did since their last step's end."""
-        for layer in layers:
-            self._observed.pop(layer, None)
-
-    def end_step(self, layers: list[Layer], iteration: int) -> None:
-        """The step of these layers is over; `iteration` is 0-based."""
-        observed = {layer: self._observed.pop(layer) for layer in layers if layer in self._observed}
-        self._iteration = iteration + 1
-        # Layers with other experts or ranks are a model of their own.
-        for kind in {(layer.info.num_experts, layer.info.topk, layer.table.group.stage): None for layer in observed}:
-            alike = tuple(x for x in observed if (x.info.num_experts, x.info.topk, x.table.group.stage) == kind)
-            if alike not in self._models:
-                self._met += 1
-                self._models[alike] = Interval(alike, self._met)
-            self._models[alike].add_step([observed[layer] for layer in alike])
+    def end_step(self, model: int, chunks: list[Chunk], iteration: int) -> None:
+        """The step of a model is over; `iteration` is 0-based."""
+        intervals = self._intervals.setdefault(model, {})
+        for chunk in chunks:
+            batches = self._batches.pop(chunk, None) or self._captured.get(chunk, [])
+            if chunk not in intervals:
+                intervals[chunk] = Interval(chunk)
+            intervals[chunk].add_step(chunk, batches)
+        if chunks:
+            self._iteration = iteration + 1
+            self._closed_to = iteration if self._closed_to is None else self._closed_to
         if self._settings.metrics_dir is not None and not (self.is_in_log and self._clock() is not None):
-            self._latest = self._close(self._iteration, 1) or self._latest
+            self._close(self._iteration, 1)
 
-    def repeat_step(self, layers: list[Layer]) -> None:
-        """The step of these layers that ended last is run again."""
-        for model, interval in self._models.items():
-            if any(layer in layers for layer in model):
-                interval.take_back()
-
-    def forget(self, layers: list[Layer]) -> None:
-        """These layers are gone. An interval that has begun is still told: to end it is a collective."""
-        self._gone.update(layers)
-        self._forget_what_is_told()
-
-    def _forget_what_is_told(self) -> None:
-        for model in [model for model, interval in self._models.items() if not interval.steps and self._gone.issuperset(model)]:
-            number = self._models.pop(model).number
-            self._writers.pop(number, None)
-            self._alarms.pop(number, None)
-            self._gone.difference_update(model)
+    def take_back(self, chunks: list[Chunk]) -> None:
+        """The step of these chunks that ended last is run again."""
+        for intervals in self._intervals.values():
+            for chunk in chunks:
+                if chunk in intervals:
+                    intervals[chunk].take_back()
 
     def settle(self) -> None:
         """Leave no reduction under way."""
-        for interval in self._models.values():
-            interval.settle()
+        for intervals in self._intervals.values():
+            for interval in intervals.values():
+                interval.settle()
 
     def log(self, log_interval: int, iteration: int) -> dict[str, float]:
         """A log interval of Megatron's training loop ends, with this 1-based iteration; what its log shows. On all ranks."""
@@ -136,125 +137,188 @@ class Metrics:
         return self._summary(closed) if self._settings.shows_metrics else {}
 
     def now(self) -> dict[str, float]:
-        """What the log would show; an interval that has begun ends. On all ranks."""
-        self._latest = self._close(self._iteration, None) or self._latest
-        return self._summary(self._latest)
+        """The balance since the last call; an interval that has begun ends. On all ranks."""
+        self._close(self._iteration, None)
+        since, self._since = self._since, {}
+        return self._summary(self._of_all_stages(since, self._iteration, None))
 
     def _close(self, iteration: int, log_interval: int | None) -> dict[int, _Closed]:
-        """By the model's number; the record is written."""
-        closed = {}
-        for layers, interval in self._models.items():
-            if not interval.steps:
-                continue
-            number, steps, forwards, sequences = interval.number, interval.steps, interval.forwards, interval.sequences
-            info, experts = layers[0].info, layers[0].info.num_experts
-            sums_LS = interval.close()
-            counts_LE, score_sums_LE, rest = sums_LS[:, :experts], sums_LS[:, experts : 2 * experts], sums_LS[:, 2 * experts :]
-            values = measures.measures(
-                counts_LE=counts_LE,
-                score_sums_LE=score_sums_LE,
-                entropy_sums_L=rest[:, 0],
-                lbl_sums_L=rest[:, 1],
-                micro_batches_L=rest[:, 2],
-                topk=info.topk,
-            )
-            part = self._part_of_interval(layers[0], steps, forwards, iteration)
-            ranks = info.data_parallel_size
-            closed[number] = _Closed(
-                numbers_of(layers), values, sequences * ranks * part, float(counts_LE[0].sum()) / info.topk * part
-            )
-            about = {
-                "scope": self._settings.scope.value,
-                "settings": {name: getattr(value, "value", value) for name, value in vars(self._settings).items()},
-                **{"alpha": interval.coeff, "topk": info.topk, "data_parallel": ranks},
-                **{"micro_batches": round(forwards / steps / info.applications), "log_interval": log_interval or steps},
-                **{"versions": self._versions, "started": self._started},
-            }
-            if info.leads_stage:
-                interval_values = {
-                    "iteration": iteration,
-                    "steps": steps,
-                    "values": values,
-                    "load": measures.load(counts_LE),
-                    "sequences": closed[number].sequences,
-                    "tokens": closed[number].tokens,
-                }
-                self._write(number, layers, about, interval_values)
-                self._warn(number, layers, about, interval_values)
-        self._forget_what_is_told()
+        """End the intervals; the record is written. By the model's number."""
+        here: dict[int, dict[Chunk, Sums]] = {}
+        for model, intervals in list(self._intervals.items()):
+            for chunk, interval in list(intervals.items()):
+                if interval.steps:
+                    here.setdefault(model, {})[chunk] = sums = interval.close()
+                    since = self._since.setdefault(model, {})
+                    if chunk in since:
+                        since[chunk].add(sums)
+                    else:
+                        since[chunk] = replace(sums, balance_R=sums.balance_R.clone(), sums_LS=sums.sums_LS.clone())
+                if all(layer.router is None for layer in chunk.layers):  # the model is gone
+                    del intervals[chunk]
+            if not intervals:
+                del self._intervals[model]
+        closed = self._of_all_stages(here, iteration, log_interval)
+        if here:
+            self._closed_to = iteration
+        if dist.get_rank() == 0:
+            for model, of_model in closed.items():
+                self._write(model, of_model)
+                self._warn(model, of_model)
         return closed
 
-    def _part_of_interval(self, layer: Layer, steps: int, forwards: int, iteration: int) -> float:
-        """How much of what the interval counted a mean balance batch has."""
-        settings, info = self._settings, layer.info
-        repeated = 1 / info.applications
-        scope = settings.scope if info.acts and iteration > settings.start_iter else Scope.MICRO
-        ranks = info.data_parallel_size
-        of_ranks = (settings.group_size or ranks) / ranks
-        if scope is Scope.MICRO:
-            return 1 / (ranks * forwards)
-        if scope is Scope.DP:
-            return of_ranks / forwards
-        return of_ranks / steps * repeated * (settings.window_steps or 1)
+    def _of_all_stages(
+        self, sums: dict[int, dict[Chunk, Sums]], iteration: int, log_interval: int | None
+    ) -> dict[int, _Closed]:
+        """Exchange the measures over the pipeline. Stages without MoE layers take part."""
+        here = {
+            model: [self._of_chunk(chunk, of_chunk, iteration, log_interval) for chunk, of_chunk in of_model.items()]
+            for model, of_model in sums.items()
+        }
+        pipeline = self._pipeline()
+        stages = [here] if pipeline is None or pipeline.size() == 1 else gather_objects(here, pipeline)
+        return {
+            model: _together([part for stage in stages for part in stage.get(model, [])])
+            for model in sorted({model for stage in stages for model in stage})
+        }
 
-    def _write(self, number: int, layers: tuple[Layer, ...], about: dict[str, Any], interval: dict[str, Any]) -> None:
-        """One interval of the record; `interval` as `Writer.append` takes it."""
-        directory = self._settings.metrics_dir
-        if directory is None or self._broken:
+    def _of_chunk(self, chunk: Chunk, sums: Sums, iteration: int, log_interval: int | None) -> _Closed:
+        steps, batches, balanced = sums.steps, sums.micro_batches, sums.balanced
+        sums_LS = sums.sums_LS.numpy()
+        layers, experts, extras = chunk.layers, chunk.experts, chunk.extras
+        first = layers[0].info
+        topk_L, experts_L = (np.array([getattr(x.info, name) for x in layers]) for name in ("topk", "num_experts"))
+        counts_LE, scores_LE, rest = np.split(sums_LS, [experts, 2 * experts], axis=1)
+        unknown_L = np.where(scores_LE.sum(axis=1) > 0, 0.0, np.nan)  # a layer may have none
+        values = measures.measures(
+            counts_LE=counts_LE,
+            score_sums_LE=scores_LE + unknown_L[:, None],
+            extras_LX=rest[:, :extras] + unknown_L[:, None],
+            lbl_sums_L=rest[:, extras] + unknown_L,
+            micro_batches_L=rest[:, extras + 1],
+            topk=topk_L,
+            experts=experts_L,
+            expert_parallel=first.expert_parallel,
+        )
+        if self.wants_extras:
+            values |= _biases(layers)
+        if balanced:
+            sequences = sums.balance_sequences / balanced
+            tokens = max(sums.balance_R.numpy() / chunk.selections_per_token) / balanced
+        else:  # each micro-batch by itself
+            sequences = sums.sequences / max(batches, 1)
+            applications_L = np.array([layer.info.applications for layer in layers])
+            tokens = float((counts_LE.sum(axis=1) / topk_L / applications_L).max()) / max(batches * first.data_parallel_size, 1)
+        about = {
+            "scope": self._settings.scope.value,
+            "settings": {name: getattr(value, "value", value) for name, value in vars(self._settings).items()},
+            "balancing": sorted({kind for layer in layers for kind in layer.info.balancing}),
+            **{"alpha": _alpha(layers), "topk": first.topk, "data_parallel": first.data_parallel_size},
+            **{"micro_batches": round(batches / steps), "log_interval": log_interval or steps},
+            **{"versions": self._versions, "started": self._started},
+        }
+        before = iteration - steps if self._closed_to is None else self._closed_to
+        return _Closed(
+            before + 1 if before < iteration else iteration - steps + 1,  # otherwise it went back to a checkpoint
+            iteration,
+            steps,
+            [layer.info.key for layer in layers],
+            [layer.info.number for layer in layers],
+            values,
+            measures.load(counts_LE, experts_L).astype(np.float32),
+            sequences,
+            tokens,
+            sums.sequences / max(batches, 1),
+            [layer.info.num_experts for layer in layers],
+            [layer.info.topk for layer in layers],
+            about,
+        )
+
+    def close(self) -> None:
+        """Write what waits to be written. Idempotent."""
+        recorder, self._recorder = self._recorder, None
+        if recorder is not None:
+            recorder.close()
+
+    def _write(self, number: int, interval: _Closed) -> None:
+        if self._settings.metrics_dir is None:
             return
-        try:
-            if number not in self._writers:
-                info = layers[0].info
-                self._writers[number] = Writer(
-                    directory,
-                    model=f"model{number}",
-                    stage=info.stage_name,
-                    layers=names_of(layers),
-                    num_experts=info.num_experts,
-                    about=about,
-                )
-            self._writers[number].append(**interval)
-        except Exception as error:  # what looks on must never end what it looks at
-            self._broken = isinstance(error, RecordError)
-            if not self._failed:
-                goes_on = "nothing more is written to it" if self._broken else "every later interval is tried"
-                print(
-                    f"> moe-lbl: !! the balance record in {directory} lacks the interval that ends with iteration "
-                    f"{interval['iteration']}: {error}; the training goes on, and {goes_on}",
-                    flush=True,
-                )
-            self._failed = True
+        if self._recorder is None:
+            self._recorder = Recorder(self.directory or self._settings.metrics_dir, start=interval.first)
+        self._recorder.append(
+            f"model{number}",
+            layers=interval.names,
+            num_experts=interval.num_experts,
+            topk=interval.topk,
+            about=interval.about,
+            **interval.interval(),
+        )
 
-    def _warn(self, number: int, layers: tuple[Layer, ...], about: dict[str, Any], interval: dict[str, Any]) -> None:
+    def _warn(self, number: int, interval: _Closed) -> None:
         """Say what is wrong with the balance, each cause once."""
         if self._quiet:
             return
-        if number not in self._alarms:
-            first_stage = layers[0].info.stage_name == "pp0" or not layers[0].info.stage_name.startswith("pp")
-            self._alarms[number] = AlarmLog(names_of(layers), layers[0].info.num_experts, first_stage=first_stage)
-        known = {name: value for name, value in interval.items() if name != "tokens"}
         try:
-            lines = self._alarms[number].add(about, **known)
-        except Exception as error:  # as above
+            if number not in self._alarms:
+                self._alarms[number] = LiveAlarms(interval.names, interval.num_experts)
+            lines = self._alarms[number].add(interval.about | {"topk": interval.topk}, **interval.interval())
+        except Exception as error:  # must never end the training
             self._quiet = True
-            lines = [f"!! no alarms from iteration {interval['iteration']} on: {error}; the training goes on"]
+            lines = [f"!! no alarms from iteration {interval.iteration} on: {error}; the training goes on"]
         for line in lines:
             print(f"> moe-lbl: {line}", flush=True)
 
     def _summary(self, closed: dict[int, _Closed]) -> dict[str, float]:
-        """Over all layers of each model, from all pipeline stages; stages without MoE layers take part."""
-        pipeline = self._pipeline()
-        stages = [closed] if pipeline is None or pipeline.size() == 1 else gather_objects(closed, pipeline)
+        """Over all layers of each model."""
         result: dict[str, float] = {}
-        for number in sorted({number for stage in stages for number in stage}):
-            parts = [stage[number] for stage in stages if number in stage]
+        for number, interval in closed.items():
             prefix = PREFIX if number == 1 else f"{PREFIX}model{number}/"
-            values = {name: np.concatenate([part.values[name] for part in parts]) for name in parts[0].values}
-            found = measures.summary(
-                values,
-                [number for part in parts for number in part.numbers],
-                detailed=self._settings.metrics is Detail.DETAILED,
-            )
-            found |= {"balance_sequences": parts[0].sequences, "balance_tokens": parts[0].tokens}
+            detailed = self._settings.metrics is Detail.DETAILED
+            found = measures.summary(interval.values, detailed=detailed)
+            if found:  # otherwise nothing was counted
+                found |= {"balance_sequences": interval.sequences, "balance_tokens": interval.tokens}
             result |= {prefix + name: value for name, value in found.items()}
         return result
+
+
+def _together(parts: list[_Closed]) -> _Closed:
+    """One model's interval from those of its chunks, layers in the model's order; missing experts of a layer are NaN. Pipeline
+    stages count over different balance batches: a mean over layers."""
+    numbers = [number for part in parts for number in part.numbers]
+    order = sorted(range(len(numbers)), key=lambda index: numbers[index])
+    names = _distinct([name for part in parts for name in part.names])
+    experts = max(part.load.shape[1] for part in parts)
+    loads = [np.pad(part.load, ((0, 0), (0, experts - part.load.shape[1])), constant_values=np.nan) for part in parts]
+    return parts[0]._replace(
+        names=[names[index] for index in order],
+        numbers=[numbers[index] for index in order],
+        values={name: np.concatenate([part.values[name] for part in parts])[order] for name in parts[0].values},
+        num_experts=[sum((part.num_experts for part in parts), [])[index] for index in order],
+        topk=[sum((part.topk for part in parts), [])[index] for index in order],
+        micro_sequences=max(part.micro_sequences for part in parts),
+        load=np.concatenate(loads)[order],
+        sequences=sum(part.sequences * len(part.names) for part in parts) / len(names),
+        tokens=sum(part.tokens * len(part.names) for part in parts) / len(names),
+    )
+
+
+def _distinct(names: Sequence[str]) -> list[str]:
+    """A name that comes again (multi-token prediction before Megatron-Core 0.17) gets a number."""
+    found: dict[str, int] = {}
+    result = []
+    for name in names:
+        found[name] = found.get(name, 0) + 1
+        result.append(f"{name}#{found[name]}" if found[name] > 1 else name)
+    return result
+
+
+def _alpha(layers: Sequence[Layer]) -> float:
+    """The coefficient of the loss that the scope acts on, as it was last; 0 without one."""
+    return max((layer.loss.coeff * layer.info.applications for layer in layers if layer.loss is not None), default=0.0)
+
+
+def _biases(layers: Sequence[Layer]) -> dict[str, np.ndarray]:
+    """What the expert biases are at the end of the interval; NaN without one."""
+    biases = [layer.info.bias() for layer in layers]
+    values = [(np.nan, np.nan) if b is None else (float(b.max() - b.min()), float(b.abs().max())) for b in biases]
+    return {name: np.array([value[index] for value in values]) for index, name in enumerate(("bias_spread", "bias_largest"))}

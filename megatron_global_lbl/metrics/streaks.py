@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from megatron_global_lbl.metrics.reader import Run
+from megatron_global_lbl.metrics.record import Run
 
 # A condition has to last: routers start uneven and are evened out within the first hundred steps (every scope, in the
 # experiment of docs/operations.md), and a single interval may be a batch of one domain.
@@ -17,7 +17,12 @@ LASTING_STEPS = 100
 
 def since(run: Run, index: int) -> int:
     """The first iteration of an interval."""
-    return int(run.iterations[index] - run.steps[index] + 1)
+    return int(run.first_iterations[index])
+
+
+def streak(condition_N: np.ndarray) -> int | None:
+    """First interval of the streak that lasts to the end; None if there is none."""
+    return None if not condition_N[-1] else len(condition_N) - int(np.argmin(np.append(condition_N[::-1], False)))
 
 
 def lasting(run: Run, condition_NL: np.ndarray) -> np.ndarray:

@@ -1,6 +1,6 @@
-"""Pictures of layers by experts: each expert's load in the first, middle and last third, and which layer's MaxVio grows when.
+"""Heatmaps of layers and experts: every expert's load at the start, in the middle and at the end, and over time.
 
-Shape suffixes: N intervals, S of them read, L layers, E experts, B points in time.
+Shape suffixes: S intervals that are read, L layers, E experts, B points in time.
 """
 
 from __future__ import annotations
@@ -8,41 +8,88 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.cm import ScalarMappable
-from matplotlib.colors import LogNorm, Normalize, to_rgba
-from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, MaxNLocator
 
-from megatron_global_lbl.report.series import binned, edges, last_iterations
-from megatron_global_lbl.report.style import DEAD, LOADS, QUIET, UNEVEN, UNKNOWN, Picture, figure, png
+from megatron_global_lbl.metrics.measures import end_of_run
+from megatron_global_lbl.report.chart import TICKS, Chart, Panel
+from megatron_global_lbl.report.series import binned, edges, last_iterations, late, values
 
-THIRDS = ("first", "middle", "last")
-# Intervals that are read of each third: a mean over more would look the same, and 100,000 intervals would be gigabytes.
+# Intervals that are read of each window: a mean over more would look the same, and 100,000 intervals would be gigabytes.
 SAMPLE = 96
-LEAST, MOST = 1 / 4, 4.0  # of the colour scale, in even shares
-ROW, GAP = 6, 1  # pixels of a layer and of the line between layers
+TIMES, MOMENTS = 150, 60  # points in time of MaxVio by layer, and of one layer's experts
+WINDOWS_OF = 3  # runs that are shown at three times, more only at the end
+Runs = list[tuple[str, Any]]
 
 
-def thirds(run: Any) -> list[Picture]:
-    """One picture per third of the record, the experts of a layer in the same order in all of them."""
-    count = len(run.iterations)
-    number = min(3, count)
-    bounds = [round(count * i / number) for i in range(number + 1)]
-    means_LE = [_mean_load(run, start, stop) for start, stop in zip(bounds, bounds[1:])]
-    order_LE = np.argsort(np.nan_to_num(means_LE[-1], nan=-1), axis=1, kind="stable")
-    names = THIRDS if number == 3 else ("first", "last") if number == 2 else ("only",)
-    pictures = []
-    for name, mean_LE, start, stop in zip(names, means_LE, bounds, bounds[1:]):
-        first = int(run.iterations[start - 1]) + 1 if start else 1
-        last = int(run.iterations[stop - 1])
-        drawn = _experts(np.take_along_axis(mean_LE, order_LE, axis=1), run.layers)
-        when = {"first": "First third", "middle": "Middle third", "last": "Last third", "only": "Whole record"}[name]
-        when = when if number == 3 or name == "only" else f"{name.capitalize()} half"
-        pictures.append(
-            Picture(f"load-{name}", f"{when}: iterations {first:,} to {last:,}", "", _told(mean_LE, run.layers), png(drawn))
-        )
-    return pictures
+def end_load(run: Any) -> np.ndarray:
+    """[L, E] mean load at the end of the run; 0 only for an expert that no interval looked at gave a token."""
+    return _mean_load(run, end_of_run(run.steps), len(run.iterations))
+
+
+def heatmaps(runs: Runs, ends: list[np.ndarray]) -> list[Chart]:
+    """Loads, MaxVio by layer, and the experts of each run's most uneven layer; `ends` as `end_load` has it."""
+    return [chart for chart in (_loads(runs, ends), _max_vio(runs), _one_layer(runs, ends)) if chart.panels]
+
+
+def _loads(runs: Runs, ends: list[np.ndarray]) -> Chart:
+    panels, told = [], []
+    for (label, run), end_LE in zip(runs, ends):
+        if not np.isfinite(end_LE).any():
+            continue
+        count, start = len(run.iterations), end_of_run(run.steps)
+        windows, width = {"end": (start, count)}, count - start
+        if len(runs) <= WINDOWS_OF and count > 2 * width:
+            middle = (count - width) // 2
+            windows = {"start": (0, width), "middle": (middle, middle + width)} | windows
+        order_LE = np.argsort(np.nan_to_num(end_LE, nan=-1), axis=1, kind="stable")
+        for name, (begin, stop) in windows.items():
+            mean_LE = end_LE if name == "end" else _mean_load(run, begin, stop)
+            when = f"iterations {run.iterations[begin] - run.steps[begin] + 1:,} to {run.iterations[stop - 1]:,}"
+            load_LE = np.take_along_axis(mean_LE, order_LE, axis=1)
+            panels.append(Panel(f"{label}, {name}: {when}", load_LE, run.layers, range(load_LE.shape[1]), when, order_LE))
+        layer, expert = np.unravel_index(np.nanargmax(end_LE), end_LE.shape)
+        uneven = 100 * np.nanmean((end_LE > 2) | (end_LE < 0.5))
+        most = f"{end_LE[layer, expert]:.2f} times an even share (layer {run.layers[layer]}, expert {expert})"
+        told.append(f"{label}: at the end at most {most}; {uneven:.0f} % have less than half or more than twice")
+    caption = "A row per layer, its experts in the order of their loads at the end. Black: not one token."
+    hover = "layer %{y}, expert %{text}<br>%{customdata:.3g} times an even share"
+    look: Any = {"x_title": "experts, the fullest on the right", "scale": "load", "ticks": TICKS, "hover": hover, "columns": 3}
+    alt = f"Load of every expert. {'; '.join(told)}."
+    return Chart("load", "Load of every expert", caption, alt, panels=panels, **look)
+
+
+def _max_vio(runs: Runs) -> Chart:
+    panels, tops, told = [], [0.5], []
+    for label, run in runs:
+        starts_B = edges(len(run.iterations), TIMES)
+        values_BL = binned(values(run, "max_vio"), starts_B)
+        if len(run.layers) < 2 or not np.isfinite(values_BL).any():
+            continue
+        tops.append(float(np.nanmax(values_BL[len(values_BL) // 10 :], initial=0)))
+        panels.append(Panel(label, values_BL.T, run.layers, last_iterations(run.iterations, starts_B).tolist()))
+        worst = int(np.nan_to_num(values_BL[-1]).argmax())
+        told.append(f"{label}: in the end at most {values_BL[-1, worst]:.3g}, in layer {run.layers[worst]}")
+    ticks = {f"{max(tops) * part:.2g}": part for part in (0.0, 0.5, 1.0)}
+    hover = "layer %{y}<br>MaxVio %{customdata:.3g}<br>iteration %{x:,}"
+    look: Any = {"scale": "uneven", "high": max(tops), "ticks": ticks, "hover": hover, "columns": 2}
+    caption = "A row per layer, time to the right: a row that darkens is a layer that becomes uneven."
+    return Chart("max-vio-layers", "MaxVio by layer", caption, f"MaxVio by layer. {'; '.join(told)}.", panels=panels, **look)
+
+
+def _one_layer(runs: Runs, ends: list[np.ndarray]) -> Chart:
+    panels = []
+    for (label, run), end_LE in zip(runs, ends):
+        layer = int(np.nan_to_num(late(run, "max_vio"), nan=-1).argmax())
+        at_B = last_iterations(np.arange(len(run.iterations)), edges(len(run.iterations), MOMENTS))
+        load_BE = run.load(at_B)[:, layer]
+        if len(at_B) > 1 and np.isfinite(load_BE).any():
+            order_E = np.argsort(np.nan_to_num(end_LE[layer], nan=-1), kind="stable")
+            about, times = f"layer {run.layers[layer]}", run.iterations[at_B].tolist()
+            panels.append(Panel(f"{label}, {about}", load_BE.T[order_E], order_E.tolist(), times, about))
+    hover = "expert %{y}<br>%{customdata:.3g} times an even share<br>iteration %{x:,}"
+    look: Any = {"y_title": "expert", "scale": "load", "ticks": TICKS, "hover": hover, "columns": 2}
+    title = "Experts of the most uneven layer"
+    caption = "A row per expert, the fullest at the end on top; single intervals, time to the right."
+    return Chart("load-layer", title, caption, f"{title}: {'; '.join(p.title for p in panels)}.", panels=panels, **look)
 
 
 def _mean_load(run: Any, start: int, stop: int) -> np.ndarray:
@@ -56,84 +103,3 @@ def _mean_load(run: Any, start: int, stop: int) -> np.ndarray:
         total_LE = total_LE + np.where(known_SLE, load_SLE, 0).sum(axis=0, dtype=np.float64)
         known_LE = known_LE + known_SLE.sum(axis=0)
     return np.where(known_LE > 0, total_LE / np.maximum(known_LE, 1), np.nan)
-
-
-def _experts(load_LE: np.ndarray, layers: list[str]) -> Figure:
-    norm = LogNorm(LEAST, MOST, clip=True)
-    shown_LEC = LOADS(norm(np.nan_to_num(load_LE, nan=1)))
-    shown_LEC[load_LE == 0] = to_rgba(DEAD)
-    shown_LEC[np.isnan(load_LE)] = to_rgba(UNKNOWN)
-    drawn, axes = _rows(shown_LEC, layers, width=3.6)
-    axes.set_xlabel(f"{load_LE.shape[1]} experts, the fullest on the right", fontsize=9)
-    axes.set_xticks([])
-    _scale(drawn, axes, norm, LOADS, [0.25, 0.5, 1, 2, 4], ["1/4", "1/2", "even", "2x", "4x"])
-    return drawn
-
-
-def max_vio(run: Any) -> Picture:
-    """A row per layer over time."""
-    starts_B = edges(len(run.iterations), 200)
-    values_BL = binned(run.metrics["max_vio"], starts_B)
-    iterations_B = last_iterations(run.iterations, starts_B)
-    settled = values_BL[len(values_BL) // 10 :]
-    top = float(np.nanmax(settled)) if np.isfinite(settled).any() else 1.0
-    norm = Normalize(0, max(top, 0.5), clip=True)
-    shown_LBC = UNEVEN(norm(np.nan_to_num(values_BL.T)))
-    shown_LBC[np.isnan(values_BL.T)] = to_rgba(UNKNOWN)
-    drawn, axes = _rows(shown_LBC, run.layers, width=5.2)
-    last = int(iterations_B[-1])
-    ticks = MaxNLocator(6, integer=True).tick_values(int(iterations_B[0]), last)
-    ticks = [tick for tick in ticks if iterations_B[0] <= tick <= last]
-    axes.set_xticks([np.interp(tick, iterations_B, np.arange(len(iterations_B))) for tick in ticks])
-    axes.set_xticklabels([EngFormatter(sep="")(tick) for tick in ticks])
-    axes.set_xlabel("iteration")
-    _scale(drawn, axes, norm, UNEVEN, None, None)
-    late_L = values_BL[-1]
-    worst = int(np.nanargmax(late_L)) if np.isfinite(late_L).any() else 0
-    return Picture(
-        "max-vio-layers",
-        "MaxVio by layer",
-        "One row per layer, time to the right, dark is uneven: a row that darkens is a layer that gets away.",
-        f"At iteration {last} the highest MaxVio is {late_L[worst]:.3g}, in layer {run.layers[worst]}.",
-        png(drawn),
-    )
-
-
-def _rows(shown_LXC: np.ndarray, layers: list[str], *, width: float) -> tuple[Figure, Axes]:
-    """An image with a row per layer and a white line between them."""
-    count = len(layers)
-    drawn, axes = figure(width, min(4.4, max(2.1, 1.1 + 0.07 * count)))
-    image = np.ones((count * (ROW + GAP) - GAP, *shown_LXC.shape[1:]))
-    for layer in range(count):
-        image[layer * (ROW + GAP) : layer * (ROW + GAP) + ROW] = shown_LXC[layer]
-    axes.imshow(image, aspect="auto", interpolation="nearest", interpolation_stage="rgba")
-    every = -(-count // 15)
-    named = [i for i in range(count) if i % every == 0 or i == count - 1 and count % every > every / 2]
-    axes.set_yticks([i * (ROW + GAP) + ROW / 2 - 0.5 for i in named], [layers[i] for i in named])
-    axes.set_ylabel("layer")
-    axes.grid(False)
-    for spine in axes.spines.values():
-        spine.set_visible(False)
-    return drawn, axes
-
-
-def _scale(
-    drawn: Figure, axes: Axes, norm: Normalize, colours: Any, ticks: list[float] | None, names: list[str] | None
-) -> None:
-    bar = drawn.colorbar(ScalarMappable(norm, colours), ax=axes, location="top", aspect=40, shrink=0.75, pad=0.02)
-    if ticks is not None:
-        bar.set_ticks(ticks, labels=names)
-    bar.ax.tick_params(length=0, labelsize=9, colors=QUIET)
-    bar.ax.minorticks_off()
-    bar.outline.set_visible(False)  # type: ignore[operator]
-
-
-def _told(load_LE: np.ndarray, layers: list[str]) -> str:
-    if not np.isfinite(load_LE).any():
-        return "Loads of the experts: not in the record."
-    layer, expert = np.unravel_index(np.nanargmax(load_LE), load_LE.shape)
-    uneven = np.mean((load_LE > 2) | (load_LE < 0.5))
-    return (
-        f"Loads of the experts: the fullest has {load_LE[layer, expert]:.2f} times an even share (layer {layers[layer]}, "
-        f"expert {expert}); {100 * uneven:.0f} % of the experts have less than half or more than twice."
-    )

@@ -1,158 +1,129 @@
-"""One self-contained page and its pictures as files: the page holds them as data, so it can be sent and opened anywhere."""
+"""One self-contained page: verdicts and tables as HTML, charts as data with the Plotly that draws them, compressed."""
 
 from __future__ import annotations
 
 import base64
-import os
+import dataclasses
+import gzip
+import json
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 
 import jinja2
 from markupsafe import Markup, escape
+from plotly.offline import get_plotlyjs
 
-from megatron_global_lbl.metrics.alarms import Alarm, alarms
-from megatron_global_lbl.metrics.reader import Run, read
-from megatron_global_lbl.report import curves, experts, facts, loads
-from megatron_global_lbl.report.style import Picture, styled
-from megatron_global_lbl.specialise.result import FILE_NAME, Specialisation
+from megatron_global_lbl.metrics import Run, read
+from megatron_global_lbl.metrics.alarms import alarms
+from megatron_global_lbl.metrics.record import printable
+from megatron_global_lbl.report import answers, experts
+from megatron_global_lbl.report.answers import Told
+from megatron_global_lbl.report.chart import COLOURS, DASHES, Chart
+from megatron_global_lbl.report.curves import curves
+from megatron_global_lbl.report.loads import end_load, heatmaps
+from megatron_global_lbl.report.text import labels, record_directory
+from megatron_global_lbl.specialise.result import Specialisation
 from megatron_global_lbl.specialise.result import read as read_specialisation
 
 PAGE = "report.html"
+# Cells of heatmaps in a section: a page of at most 6 MB, with 2 MB of Plotly, at 2.7 to 5.4 bytes a cell.
+CELLS = 500_000
 _FLAG = r'<span class="flag">\g<0></span>'  # is not broken at its hyphens
 
 
-@dataclass(frozen=True)
-class Section:
-    """What the page says of one run."""
-
-    label: str
-    slug: str
-    summary: str
-    figures: list[facts.Fact]
-    alarms: list[Alarm]
-    notes: list[str]
-    settings: list[tuple[str, str]]
-    pictures: list[Picture]
-    loads: list[Picture]
-    specialisation: Specialisation | None  # of a checkpoint of the run, where it was measured
-    about_experts: str
-    experts: list[Picture]
-
-
-def write_report(directories: Sequence[str | Path], out: str | Path | None = None) -> Path:
-    """Draw the balance records of one or more directories: `report.html` and a PNG per picture.
+def write_report(directories: Sequence[str | Path], out: str | Path | None = None, *, png: bool = False) -> Path:
+    """Draw the balance records of one or more directories into `report.html`; its path.
 
     Args:
-        directories: as given to `--moe-lbl-metrics-dir`; every run and model in them is shown, several are compared.
+        directories: as given to `--moe-lbl-metrics-dir`, or the folders that hold it as "balance"; several are compared.
         out: where to write; made if it is not there. Default: the folder "report" in the first directory.
-
-    Returns:
-        The page.
+        png: write every chart as a PNG beside the page, too; needs Matplotlib.
 
     Raises:
-        RecordError: a directory holds no record, or a broken or foreign one; the message names file and place.
-        NotASpecialisation: a specialisation.json in a directory is broken or foreign; the message names it.
+        RecordError, NotASpecialisation: a directory holds no record, or a broken or foreign file; the message names it.
         OSError: it cannot be read, or `out` cannot be written.
     """
-    runs = [run for directory in directories for run in read(directory)]
+    runs = [run for directory in directories for run in read(record_directory(directory))]
     out = Path(directories[0]) / "report" if out is None else Path(out)
-    measured = _measured(runs)
-    with styled():
-        names = labels(runs)
-        sections = [_section(*of_run) for of_run in zip(runs, names, slugs(names), measured)]
-        compared = _comparison(list(zip([section.label for section in sections], runs))) if len(runs) > 1 else []
-    html = _template().render(
+    told = [Told(*of_run) for of_run in zip(labels(runs), runs, map(alarms, runs), map(end_load, runs), _measured(runs))]
+    named = [(one.label, one.run) for one in told]
+    loads, specialised = _fitting(heatmaps(named, [one.end_LE for one in told])), _fitting(_expert_charts(told))
+    sections = {"curves": ("Over time", curves(named)), "loads": ("Layers and experts", loads)}
+    sections["experts"] = ("What the experts specialise in", specialised)
+    charts = [chart for _, charts in sections.values() for chart in charts]
+    page = _template().render(
+        told=told,
+        answers=answers.answers(told),
+        rows=[answers.row(one) for one in told],
+        columns=answers.COLUMNS,
         sections=sections,
-        compared=compared,
-        rows=[facts.row(run, section.label, section.alarms) for run, section in zip(runs, sections)],
-        columns=facts.COLUMNS,
-        expert_rows=[experts.row(s.specialisation, s.label) for s in sections if s.specialisation is not None],
-        expert_columns=experts.COLUMNS,
-        made=facts.made(),
+        losses=_losses(told),
+        looks=Markup(json.dumps([COLOURS, DASHES])),
+        charts=_compressed(json.dumps([chart.as_json() for chart in charts])),
+        library=_compressed(get_plotlyjs()),
+        made=time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
     )
     out.mkdir(parents=True, exist_ok=True)
-    for name, content in _files(sections, compared):
-        (out / name).write_bytes(content)
-    page = out / PAGE
-    page.write_text(html, encoding="utf-8")
-    return page
+    if png:
+        from megatron_global_lbl.report.paper import write_pngs
+
+        write_pngs(charts, out)
+    (out / PAGE).write_text(page, encoding="utf-8")
+    return out / PAGE
 
 
-def _measured(runs: list[Run]) -> list[Specialisation | None]:
-    """What the experts of each run specialise in; in a directory with several models it is the first one's."""
-    found: list[Specialisation | None] = []
+def _measured(runs: list[Run]) -> list[list[Specialisation]]:
+    """The checkpoints of each run, in order; in a directory with several models they are the first one's."""
+    found = []
     for i, run in enumerate(runs):
         first = run.directory not in [other.directory for other in runs[:i]]
-        found.append(read_specialisation(run.directory) if first and (run.directory / FILE_NAME).exists() else None)
+        files = run.directory.glob("specialisation*.json") if first else ()
+        found.append(sorted(map(read_specialisation, files), key=lambda result: result.iteration))
     return found
 
 
-def _section(run: Run, label: str, slug: str, measured: Specialisation | None) -> Section:
-    pictures = [curves.lbl(run), curves.max_vio(run), loads.max_vio(run) if len(run.layers) > 1 else None]
-    pictures += [curves.entropy(run), curves.uncertainty(run), curves.dead(run)]
-    return Section(
-        label,
-        slug,
-        facts.summary(run),
-        facts.figures(run),
-        alarms(run),
-        run.notes,
-        facts.settings(run),
-        [picture for picture in pictures if picture is not None],
-        loads.thirds(run),
-        measured,
-        "" if measured is None else experts.summary(measured),
-        [] if measured is None else experts.pictures(measured),
-    )
+def _expert_charts(told: list[Told]) -> list[Chart]:
+    several = len(told) > 1
+    measured = [(one.label if several else "", one.measured[-1]) for one in told if one.measured]
+    return [c for one in told for c in experts.over_checkpoints(one.label, one.measured)] + experts.charts(measured)
 
 
-def _comparison(runs: list[tuple[str, Run]]) -> list[Picture]:
-    return [
-        picture
-        for name, (title, caption) in facts.COMPARED.items()
-        if (picture := curves.comparison(runs, name, title, caption)) is not None
-    ]
+def _fitting(charts: list[Chart]) -> list[Chart]:
+    """The charts with as many panels as the page has room for, the largest cut first."""
+    while charts and sum(map(_cells, charts)) > CELLS:
+        i = max(range(len(charts)), key=lambda i: _cells(charts[i]))
+        if len(charts[i].panels) < 2:
+            break
+        charts[i] = dataclasses.replace(charts[i], panels=charts[i].panels[:-1], left_out=charts[i].left_out + 1)
+    return charts
 
 
-def labels(runs: list[Run]) -> list[str]:
-    """Names that differ: with more of the path where two directories are called alike."""
-    names = [run.name for run in runs]
-    paths = [run.directory.resolve() for run in runs]
-    if len(set(names)) < len(names) and len(set(paths)) > 1:
-        common = Path(os.path.commonpath(paths))
-        names = [f"{path.relative_to(common)}{run.name.removeprefix(path.name)}" for run, path in zip(runs, paths)]
-    return [name if names.count(name) == 1 else f"{name} ({i})" for i, name in enumerate(names, 1)]
+def _cells(chart: Chart) -> int:
+    return sum(panel.values.size for panel in chart.panels)
 
 
-def slugs(labels: list[str]) -> list[str]:
-    """The labels as parts of file names, which differ, too."""
-    found: list[str] = []
-    for label in labels:
-        slug = plain = re.sub(r"[^A-Za-z0-9.-]+", "-", label).strip("-.") or "run"
-        number = 1
-        while slug in found:
-            number += 1
-            slug = f"{plain}-{number}"
-        found.append(slug)
-    return found
+def _losses(told: list[Told]) -> tuple[list[str], list[list[str]]]:
+    """A table: a row per domain, a column per checkpoint."""
+    columns = {f"{one.label}, iteration {r.iteration:,}": experts.loss_of(r) for one in told for r in one.measured}
+    names = dict.fromkeys(name for losses in columns.values() for name in losses)
+    rows = [[name, *(f"{of[name]:.4f}" if name in of else "-" for of in columns.values())] for name in names]
+    return ["domain", *columns], rows
 
 
-def _files(sections: list[Section], compared: list[Picture]) -> Iterator[tuple[str, bytes]]:
-    for picture in compared:
-        yield f"{picture.name}.png", picture.png
-    for section in sections:
-        prefix = f"{section.slug}-" if len(sections) > 1 else ""
-        for picture in [*section.pictures, *section.loads, *section.experts]:
-            yield f"{prefix}{picture.name}.png", picture.png
+def _compressed(text: str) -> Markup:
+    return Markup(base64.b64encode(gzip.compress(text.encode(), 9, mtime=0)).decode())
 
 
 def _template() -> jinja2.Template:
     # Names of directories and notes are other people's words: escaped, and a name that the template gets wrong is an error.
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters["data"] = lambda picture: "data:image/png;base64," + base64.b64encode(picture.png).decode()
-    environment.filters["flags"] = lambda text: Markup(re.sub(r"--[a-z][a-z-]*", _FLAG, str(escape(text))))
-    source = resources.files("megatron_global_lbl.report").joinpath("page.html").read_text(encoding="utf-8")
-    return environment.from_string(source)
+    environment.finalize = lambda value: value if isinstance(value, Markup) else printable(value)
+    environment.filters["flags"] = lambda text: Markup(re.sub(r"--[a-z][a-z-]*", _FLAG, str(escape(printable(text)))))
+    environment.globals |= {"summary": answers.summary, "settings": answers.settings, "about_experts": experts.summary}
+    environment.globals |= {"idle_experts": answers.idle_experts, "in_words": answers.in_words, "colours": COLOURS}
+    folder = resources.files("megatron_global_lbl.report")
+    environment.globals["script"] = Markup(folder.joinpath("page.js").read_text(encoding="utf-8"))
+    return environment.from_string(folder.joinpath("page.html").read_text(encoding="utf-8"))

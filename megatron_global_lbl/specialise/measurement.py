@@ -60,7 +60,7 @@ class Measurement:
         scores_TE = evaluation.scores_of(layer.router, layer.router.gating(tokens_TH.unsqueeze(1)).squeeze(1)).float()
         for group in (layer.expert_parallel, layer.expert_tensor):
             tokens_TH, scores_TE = gather_rows(tokens_TH, group), gather_rows(scores_TE, group)
-        outputs_eTH = Reduction(layer.outputs(tokens_TH).float(), layer.expert_tensor, blocking=True).wait()
+        outputs_eTH = Reduction(layer.outputs(tokens_TH).float(), layer.expert_tensor).wait()
         products_TEE = similarity.output_products(outputs_eTH, layer.expert_parallel)
         norms_TE = similarity.norms_of(products_TEE)
         by_rank_E = similarity.relative_norms_by_rank(norms_TE, scores_TE).double().sum(dim=0)
@@ -75,7 +75,7 @@ class Measurement:
     def end(self, loss: dict[str, float], sequences: int) -> None:
         routed = {}
         for key, sums in self._sums.items():
-            routed[key] = Reduction(sums, _stage(self._routers[key]), blocking=True).wait().tolist()
+            routed[key] = Reduction(sums, _stage(self._routers[key])).wait().tolist()
         self._routed.append(routed)
         self._domains.append((self._domain, sequences, loss))
 
@@ -113,7 +113,7 @@ class Measurement:
                 [self._outputs[key].flatten(), self._norms[key], torch.full_like(self._norms[key][:1], self._sampled[key])]
             )
             stage = _stage(layer.router)
-            packed = Reduction(packed, stage, blocking=True).wait()
+            packed = Reduction(packed, stage).wait()
             sampled = int(packed[-1].item()) // (layer.expert_parallel.size() * layer.expert_tensor.size())
             packed = packed[:-1] / packed[-1]
             experts = len(gate)

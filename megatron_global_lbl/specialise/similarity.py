@@ -42,7 +42,7 @@ def weight_products(
             total_EE = products_EE if total_EE is None else total_EE + products_EE
     assert total_EE is not None
     for group in (expert_parallel, expert_tensor):
-        Reduction(total_EE, group, blocking=True).wait()
+        Reduction(total_EE, group).wait()
     return total_EE
 
 
@@ -59,7 +59,7 @@ def output_products(outputs_eTH: Tensor, expert_parallel: dist.ProcessGroup) -> 
         chunk_eTH = outputs_eTH[:, start : start + CHUNK_TOKENS].float()
         share = exchange_columns(chunk_eTH.reshape(-1, hidden), expert_parallel)
         share_TEH = share.view(experts * expert_parallel.size(), chunk_eTH.shape[1], -1).transpose(0, 1)
-        parts.append(Reduction(share_TEH @ share_TEH.transpose(1, 2), expert_parallel, blocking=True).wait())
+        parts.append(Reduction(share_TEH @ share_TEH.transpose(1, 2), expert_parallel).wait())
     return torch.cat(parts)
 
 

@@ -48,6 +48,7 @@ def train_captured(problem: Problem, register: dict, on_gpu: bool = False, fused
             finalize_model_grads.__globals__["reset_model_temporary_tensors"](block.router.config, [chunk])
 
         chunk.load(weights(problem, 0))
+        wrapped.zero_grad_buffer()
         with _on_side_stream(on_gpu):
             backward(forward())
         forget_uncounted()
@@ -55,35 +56,66 @@ def train_captured(problem: Problem, register: dict, on_gpu: bool = False, fused
         forward_graph, backward_graph = make(), make()
         with forward_graph:
             probs = forward()
-        assert not any(layer.uncounted for layer in handle._engine._layers.values()), "left the capture without its wait"
         with backward_graph:
             gradient = backward(probs)
         forget_uncounted()
+
+        class Replay(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx, x):
+                forward_graph.replay()
+                return x * 1
+
+            @staticmethod
+            def backward(ctx, incoming):
+                backward_graph.replay()
+                return incoming
+
+        from megatron.core.distributed.data_parallel_base import _BaseDataParallel
+
+        class Replayed(torch.nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.chunk = chunk
+
+            def forward(self, x):
+                return Replay.apply(x)
+
+        model = _BaseDataParallel(block.router.config, Replayed())
+        x = torch.zeros(1, requires_grad=True)
+
+        def micro_batch():
+            model(x).sum().backward()
+
         steps = []
         for step in range(problem.steps):
             chunk.load(weights(problem, step))
             if step == 1:  # a step that fails after its first micro-batch
-                forward_graph.replay()
-                backward_graph.replay()
+                micro_batch()
             if step == 2:  # the same in a loop without DDP
                 forward_graph.replay()
                 handle.discard_step()
-                assert not any(layer.counts_C.any() for layer in handle._engine._layers.values()), (
-                    "counts of a step that failed"
-                )
+                counted = next(iter(handle._steps.layers.values())).chunk
+                assert not counted.counts_LE.any() and not counted.replayed.counts_RE.any(), "counts of a step that failed"
             wrapped.zero_grad_buffer()
             total = torch.zeros_like(gradient)
             for m in range(problem.micro_batches):
                 static.copy_(inputs(problem, step)[0][m, rank])
-                forward_graph.replay()
-                backward_graph.replay()
+                micro_batch()
                 total += gradient
             torch.distributed.all_reduce(total)
             steps.append((total / problem.dp).cpu())
             lbl.end_step()
         logged = reported(["load_balancing_loss"], problem.micro_batches, 1)["load_balancing_loss"]
         paths = set(handle.loss_paths.values())
-    return {"grads": steps, "collectives": forward_graph.collectives(), "logged": logged, "fused": paths == {FUSED}}
+        told = handle.metrics() if register.get("metrics") else {}
+    return {
+        "metrics": told,
+        "grads": steps,
+        "collectives": forward_graph.collectives(),
+        "logged": logged,
+        "fused": paths == {FUSED},
+    }
 
 
 class _CudaGraph:

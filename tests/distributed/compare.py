@@ -24,8 +24,6 @@ def register_arguments(problem: Problem) -> dict:
     """Arguments of `lbl.register` for a problem."""
     arguments = {"scope": problem.scope, "group_size": problem.group_size}
     arguments |= {"micro_coeff": problem.micro_coeff, "start_iter": problem.start_iter}
-    if problem.scope == "window":
-        arguments["window_steps"] = problem.window_steps
     return arguments
 
 
@@ -42,7 +40,6 @@ def check(
     problem: Problem,
     layout: Layout = DATA_PARALLEL,
     *,
-    sync: str = "overlap",
     without: dict | None = None,
     fused: bool | None = None,
     register: dict | None = None,
@@ -53,7 +50,6 @@ def check(
     Args:
         problem: what is computed.
         layout: how.
-        sync: `--moe-lbl-sync`.
         without: fields of TransformerConfig for a run of Megatron alone whose gradient is subtracted: its own other losses.
         fused: every loss has to be computed by the Triton kernels, or none; None: as it comes.
         register: more arguments of `lbl.register`.
@@ -61,7 +57,7 @@ def check(
     """
     masks = masks_of_release(problem, layout)
     problem = dataclasses.replace(problem, pipeline=(layout.pp, layout.chunks), combined=layout.combined, masks=masks)
-    registered = register_arguments(problem) | {"sync": sync} | (register or {})
+    registered = register_arguments(problem) | (register or {})
     ranks = run_ranks(workers, problem, layout, registered, fused, **extra)
     low_precision = problem.dtype != "float32"
     expected = truth.gradients(problem, assembled_selections(problem, ranks) if low_precision else None)

@@ -21,13 +21,13 @@ RELEASE = release(VERSION)
 CORE = {
     *(
         f"test_scopes[{scope}-2-3-{per_token}-{masks}]"
-        for scope in ("dp", "global", "window")
+        for scope in ("dp", "global")
         for per_token in (False, True)
         for masks in ("none", "uneven")
     ),
     *(
         f"test_parallel_layouts[{layout}-{per_token}]"
-        for layout in ("global-tp2", "global-cp2", "window-tp2-cp2", "global-pp2", "global-ep2-layer", "global-ep4-layer")
+        for layout in ("global-tp2", "global-cp2", "global-tp2-cp2", "global-pp2", "global-ep2-layer", "global-ep4-layer")
         for per_token in (False, True)
     ),
     "test_parallel_layouts[global-pp2-vpp2-False]",
@@ -37,7 +37,7 @@ CORE = {
     "test_data_parallel_options[False-tp2-pp2-overlap-distopt]",
     "test_data_parallel_options[True-overlap]",
     "test_low_precision[global-bfloat16-data]",
-    "test_scores_and_expert_bias[window-sigmoid-True]",
+    "test_scores_and_expert_bias[global-sigmoid-True]",
     "test_group_limited_topk[global-sigmoid-True]",
     "test_upstreams_global_aux_loss_is_taken_over[global]",
     "test_one_backward_of_both[global-full]",

@@ -16,10 +16,11 @@ class FakedGraph:
     capturing = False
 
     def __init__(self) -> None:
-        from megatron_global_lbl.core import balance, collective, engine, layers
+        from megatron_global_lbl.core import chunk, collective, forward, step
+        from megatron_global_lbl.metrics import metrics
 
         self._graph = RecordedGraph()
-        self._modules = (balance, collective, engine, layers)
+        self._modules = (chunk, collective, forward, step, metrics)
         self._original = collective.is_capturing
 
     def _flag(self, function) -> None:

@@ -13,7 +13,7 @@ from truth import Problem, sums, sums_of_ranks
 
 from megatron_global_lbl.metrics import read
 
-SCOPES = ["micro", "dp", "global", "window"]
+SCOPES = ["micro", "dp", "global"]
 
 
 def steps_by_run(directory: Path) -> list[list[dict]]:
@@ -37,11 +37,17 @@ def steps_by_run(directory: Path) -> list[list[dict]]:
     return result
 
 
-def balance_batch(problem: Problem, scope: str, tokens: float) -> tuple[float, float]:
-    """Sequences and tokens over which f is counted, of a step with that many tokens."""
-    micro_batches, ranks = problem.micro_batches, problem.dp
-    parts = {"micro": 1 / micro_batches / ranks, "dp": 1 / micro_batches, "global": 1, "window": problem.window_steps}[scope]
-    return problem.batch * micro_batches * ranks * parts, tokens * parts
+def balance_batch(problem: Problem, step: int, scope: str) -> tuple[float, float]:
+    """Sequences and tokens over which f is counted: means over the step's micro-batches and the layers."""
+    M, ranks = problem.micro_batches, problem.dp
+    (_, _, tokens_M), *_ = sums(problem, step)
+    if scope != "global":
+        parts = 1 if scope == "dp" else 1 / ranks
+        return problem.batch * ranks * parts, float(tokens_M[:M].sum()) / M * parts
+    of_layers = [problem.seen(step, number) for number in range(1, problem.blocks + 1) if number not in problem.dense]
+    sequences = [len(seen) * problem.batch * ranks for of_layer in of_layers for seen in of_layer]
+    tokens = [float(tokens_M[list(seen)].sum()) for of_layer in of_layers for seen in of_layer]
+    return float(np.mean(sequences)), float(np.mean(tokens))
 
 
 def expected(problem: Problem, step: int, scope: str) -> dict:
@@ -56,7 +62,7 @@ def expected(problem: Problem, step: int, scope: str) -> dict:
     f_LE = torch.stack([C / C.sum() for C, _, _ in totals])
     return {
         "iteration": step + 1,
-        "balance": balance_batch(problem, scope, float(totals[0][2])),
+        "balance": balance_batch(problem, step, scope),
         "load": f_LE * E,
         "lbl_global": [float(E * (C / C.sum() * S).sum() / N) for C, S, N in totals],
         "lbl_micro": lbl_micro,
@@ -85,14 +91,14 @@ def steps(*models_and_pattern, handle):
 
 
 def arguments(scope: str, directory: Path) -> dict:
-    return {"scope": scope, "metrics_dir": str(directory), **({"window_steps": 2} if scope == "window" else {})}
+    return {"scope": scope, "metrics_dir": str(directory)}
 
 
 @pytest.mark.parametrize("mtp", [1, 2])
 @pytest.mark.parametrize("scope", SCOPES)
 def test_multi_token_prediction(workers, tmp_path, scope, mtp):
     """With two predictions its layer is applied twice per micro-batch."""
-    problem = Problem(scope, 2, 2, 3, window_steps=2, mtp_applications=mtp)
+    problem = Problem(scope, 2, 2, 3, mtp_applications=mtp)
     check(workers, steps, Spec(problem), register=arguments(scope, tmp_path), args=("AAA",))
     (found,) = steps_by_run(tmp_path)
     assert len(found) == 3 and found[0]["layers"] == ["0", "1", "mtp.0"]
@@ -105,8 +111,8 @@ def test_multi_token_prediction(workers, tmp_path, scope, mtp):
 def test_two_models(workers, tmp_path, scope, pattern):
     """With numbers of micro-batches of their own; each step of each is on one line of some file."""
     masks = "none" if scope == "micro" else "uneven"
-    a = Problem(scope, 2, 2, 3, window_steps=2, masks=masks)
-    b = Problem(scope, 2, 3, 3, window_steps=2, masks=masks, seed=99)
+    a = Problem(scope, 2, 2, 3, masks=masks)
+    b = Problem(scope, 2, 3, 3, masks=masks, seed=99)
     check(workers, steps, a, b, register=arguments(scope, tmp_path), args=(pattern,))
     found = [line for run in steps_by_run(tmp_path) for line in run]
     assert len(found) == 6
@@ -166,4 +172,4 @@ def test_training_goes_on_without_its_record(workers, tmp_path):
     )
     said = [[line for line in rank["printed"].splitlines() if "balance record" in line] for rank in ranks]
     assert [len(lines) for lines in said] == [1, 0]
-    assert "lacks the interval that ends with iteration 2: " in said[0][0] and "the training goes on" in said[0][0]
+    assert "lacks the interval that ends with iteration " in said[0][0] and "the training goes on" in said[0][0]

@@ -7,13 +7,12 @@ from layout import Layout
 from several import Spec, check
 from truth import Problem
 
-SCOPES = ["dp", "global", "window"]
+SCOPES = ["dp", "global"]
 CHANGES = [(0.1, 0.1, 0.01, 0.01), (0.0, 0.1, 0.1), (0.1, 0.0, 0.1, 0.1), (0.0, 0.0, 0.0, 0.1)]
 
 
 def problem(scope: str, coeffs: tuple) -> Problem:
-    """A step counts whatever its coefficient: a window holds the steps in which it was zero, too."""
-    return Problem(scope, 2, 3, len(coeffs), window_steps=2, masks="uneven", coeffs=coeffs)
+    return Problem(scope, 2, 3, len(coeffs), masks="uneven", coeffs=coeffs)
 
 
 def change_by_step(a, handle):
@@ -22,7 +21,7 @@ def change_by_step(a, handle):
         a.step()
 
 
-@pytest.mark.parametrize("scope, recompute", [("dp", None), ("global", None), ("global", "full"), ("window", None)])
+@pytest.mark.parametrize("scope, recompute", [("dp", None), ("global", None), ("global", "full")])
 @pytest.mark.parametrize("coeffs", CHANGES, ids=str)
 def test_between_steps(workers, scope, coeffs, recompute):
     spec = Spec(problem(scope, coeffs), extra={"aux_loss_coeff": coeffs[0]})

@@ -21,7 +21,7 @@ def test_exact_after_600_micro_batches_in_bf16(workers, tmp_path):
     ranks = run_ranks(workers, problem, Layout(), {"scope": "global", "metrics_dir": str(tmp_path)}, router_dtype="fp32")
     selections = assembled_selections(problem, ranks)[0]
     (run,) = read(tmp_path)
-    assert run.layers == ["0"] and run.tokens.tolist() == [600 * problem.dp * problem.seq]
+    assert run.layers == ["0"] and run.tokens.tolist() == [601 / 2 * problem.dp * problem.seq]  # the mean of 1 to 600
     for load, selection in zip(run.load([0])[0], selections, strict=True):
         counts = selection.flatten(0, 3).sum(0)
         np.testing.assert_allclose(load, counts / counts.float().mean(), rtol=1e-3)  # float16
@@ -67,21 +67,21 @@ PIPELINES = {
 
 def counted_tokens(problem, layout, register):
     """{layer key: [number of valid tokens in f, by micro-batch]} of this rank."""
-    from megatron_global_lbl.core.layers import Layer
+    from megatron_global_lbl.core.chunk import MicroBatch
 
     tokens: dict[str, list[int]] = {}
-    original = Layer.counts_of_step
+    original = MicroBatch._work_out
 
-    def counts_of_step(self):
-        counts_C = original(self)
-        tokens.setdefault(self.info.key, []).append(int(counts_C[:-1].sum()) // problem.topk)
-        return counts_C
+    def _work_out(self):
+        original(self)
+        for layer, counts_E in zip(self.chunk.layers, self.chunk.counts_LE):
+            tokens.setdefault(layer.info.key, []).append(int(counts_E.sum()) // problem.topk)
 
-    Layer.counts_of_step = counts_of_step
+    MicroBatch._work_out = _work_out
     try:
         harness.run(problem, layout, register)
     finally:
-        Layer.counts_of_step = original
+        MicroBatch._work_out = original
     return tokens
 
 

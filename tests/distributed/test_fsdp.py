@@ -11,10 +11,10 @@ from test_unfinished_steps import every_other_step_unfinished
 from truth import Problem
 
 
-@pytest.mark.parametrize("scope, per_token", [("global", False), ("window", True)])
+@pytest.mark.parametrize("scope, per_token", [("global", False), ("global", True)])
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_sharding_strategies(workers, strategy, scope, per_token):
-    problem = Problem(scope, 2, 3, 3, window_steps=2, micro_coeff=0.003, masks="uneven", per_token=per_token)
+    problem = Problem(scope, 2, 3, 3, micro_coeff=0.003, masks="uneven", per_token=per_token)
     check(workers, problem, Layout(fsdp=strategy))
 
 

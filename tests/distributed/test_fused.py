@@ -7,13 +7,13 @@ from compare import check
 from layout import Layout
 from truth import Problem
 
-SCOPES = ["dp", "global", "window"]
+SCOPES = ["dp", "global"]
 
 
 @pytest.mark.parametrize("per_token", [False, True])
 @pytest.mark.parametrize("scope", SCOPES)
 def test_fused_kernels(workers, scope, per_token):
-    problem = Problem(scope, 2, 2, 3, window_steps=2, per_token=per_token, masks="uneven", micro_coeff=0.005 * per_token)
+    problem = Problem(scope, 2, 2, 3, per_token=per_token, masks="uneven", micro_coeff=0.005 * per_token)
     check(workers, problem, fused=True)
 
 

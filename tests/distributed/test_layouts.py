@@ -7,7 +7,7 @@ from compare import check
 from layout import Layout
 from truth import Problem
 
-SCOPES = ["dp", "global", "window"]
+SCOPES = ["dp", "global"]
 EXPERTS = Layout(moe="layer", ep=2)
 ALLTOALL = {"moe_token_dispatcher_type": "alltoall"}
 

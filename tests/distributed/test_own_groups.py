@@ -9,7 +9,7 @@ from truth import Problem, sums
 
 from megatron_global_lbl.metrics import read
 
-SCOPES = ["dp", "global", "window"]
+SCOPES = ["dp", "global"]
 
 
 def with_own_step_ends(a, handle):
@@ -34,8 +34,8 @@ def with_megatrons_finalize(a, handle):
 @pytest.mark.parametrize("script", [with_own_step_ends, with_megatrons_finalize])
 @pytest.mark.parametrize("scope", SCOPES)
 def test_without_parallel_state(workers, tmp_path, scope, script):
-    problem = Problem(scope, 2, 2, 4, window_steps=2, masks="uneven", micro_coeff=0.003)
-    register = {"scope": scope, "micro_coeff": 0.003, **({"window_steps": 2} if scope == "window" else {})}
+    problem = Problem(scope, 2, 2, 4, masks="uneven", micro_coeff=0.003)
+    register = {"scope": scope, "micro_coeff": 0.003}
     register["metrics_dir"] = str(tmp_path)
     check(workers, script, Spec(problem, groups="all"), register=register, initialize=False)
     (run,) = read(tmp_path)

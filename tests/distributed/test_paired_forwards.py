@@ -8,7 +8,7 @@ from layout import Layout
 from several import check
 from truth import Problem
 
-SCOPES = ["dp", "global", "window"]
+SCOPES = ["dp", "global"]
 RECOMPUTE = [None, "full", "selective", "nested"]
 
 
@@ -27,7 +27,7 @@ def chosen_and_rejected(a, order, handle):
 
 def pairs(scope: str, **options) -> Problem:
     """Two pairs per step; every sequence has a length of its own."""
-    return Problem(scope, 2, 4, 3, window_steps=2, masks="ragged", together=2, **options)
+    return Problem(scope, 2, 4, 3, masks="ragged", together=2, **options)
 
 
 @pytest.mark.parametrize("recompute", RECOMPUTE)
@@ -53,5 +53,5 @@ def test_per_token_loss(workers, scope, recompute):
 @pytest.mark.parametrize("scope", SCOPES)
 def test_a_checkpoint_within_a_checkpoint(workers, scope):
     """In Megatron's own schedule, one forward per backward."""
-    problem = Problem(scope, 2, 3, 3, window_steps=2, masks="uneven", micro_coeff=0.003)
+    problem = Problem(scope, 2, 3, 3, masks="uneven", micro_coeff=0.003)
     compare.check(workers, problem, Layout(recompute="nested"))

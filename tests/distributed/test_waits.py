@@ -1,4 +1,4 @@
-"""Where the training waits for the loss' collectives: never in a forward, unless `blocking` asks for it."""
+"""Where the training waits for the loss' collectives: never in a forward."""
 
 from __future__ import annotations
 
@@ -41,21 +41,15 @@ def of_the_loss(workers, register, recompute=None, **extra):
 
 @pytest.mark.parametrize("recompute", [None, "full"])
 @pytest.mark.parametrize("scope", ["dp", "global"])
-def test_overlap_waits_in_the_backward_only(workers, scope, recompute):
+def test_one_all_reduce_per_micro_batch_is_waited_for_in_the_backward(workers, scope, recompute):
     counts = of_the_loss(workers, {"scope": scope}, recompute)
-    assert counts == {("forward", "backward"): LAYERS * MICRO_BATCHES * STEPS}
-
-
-@pytest.mark.parametrize("scope", ["dp", "global"])
-def test_blocking_waits_on_the_spot(workers, scope):
-    counts = of_the_loss(workers, {"scope": scope, "sync": "blocking"})
-    assert counts == {("forward", "forward"): LAYERS * MICRO_BATCHES * STEPS}
+    assert counts == {("forward", "backward"): MICRO_BATCHES * STEPS}
 
 
 def test_metrics_wait_for_nothing_until_they_are_asked_for(workers):
     """Over data-parallel ranks; what TP x CP ranks sum at a step's end is waited for at the next, or by `Handle.remove`."""
     counts = of_the_loss(workers, {"scope": "global", "metrics": "detailed"})
-    assert counts == {("forward", "backward"): LAYERS * MICRO_BATCHES * STEPS}
+    assert counts == {("forward", "backward"): MICRO_BATCHES * STEPS}
     problem = Problem("global", 1, MICRO_BATCHES, STEPS, layers=LAYERS)
     layout = Layout(tp=2)
     both = [workers.run(reduced, 2, problem, layout, {"scope": "global", **more}, {}) for more in ({}, {"metrics": "brief"})]
@@ -71,15 +65,13 @@ def payloads(problem, layout, register, extra):
 
 
 def test_what_travels(workers):
-    """As docs/scaling.md reckons with."""
+    """As benchmarks/scaling_model.py has it."""
     import scaling_model as model
 
     experts = PROBLEM.experts
     for scope in ("dp", "global"):
         found = workers.run(payloads, 2, PROBLEM, Layout(), {"scope": scope}, {})[0]
-        assert found["forward", "backward"] == {experts * model.BYTES}
-    found = workers.run(payloads, 2, PROBLEM, Layout(), {"scope": "window"}, {})[0]
-    assert found["step end", "backward"] == {LAYERS * (experts + 1) * model.WINDOW_BYTES}
+        assert found["forward", "backward"] == {LAYERS * experts * model.BYTES}
     found = workers.run(payloads, 2, PROBLEM, Layout(), None, {"load_balancing_type": "global_aux_loss"})[0]
     assert experts * model.UPSTREAM_BYTES in found["forward", "forward"]
 
@@ -105,16 +97,4 @@ def test_nothing_is_left_under_way(workers):
     """Over TP x CP for the share of a micro-batch loss, and over the stage."""
     problem = Problem("global", 1, 1, 1, layers=LAYERS, micro_coeff=0.003)
     for counts in workers.run(left_under_way, 2, problem, Layout(tp=2), {"scope": "global", "micro_coeff": 0.003}):
-        assert counts == {("forward", "step end"): 2 * LAYERS}
-
-
-def test_window_has_one_collective_per_step(workers):
-    counts = of_the_loss(workers, {"scope": "window"})
-    # Nobody needs what the last step has started; `Handle.remove` leaves nothing under way.
-    assert counts == {("step end", "backward"): STEPS - 1, ("step end", "step end"): 1}
-
-
-def test_upstreams_global_loss_waits_in_every_forward(workers):
-    """What the tests above would see if ours did; the rest is upstream's."""
-    counts = of_the_loss(workers, None, load_balancing_type="global_aux_loss")
-    assert counts == {("forward", "forward"): LAYERS * MICRO_BATCHES * STEPS}
+        assert counts == {("forward", "step end"): 2}

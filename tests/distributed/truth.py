@@ -28,7 +28,6 @@ class Problem:
     dp: int
     micro_batches: int
     steps: int = 1
-    window_steps: int = 16
     per_token: bool = False
     masks: str = "none"  # none | uneven | empty_rank, or one of LENGTHS
     micro_coeff: float = 0.0
@@ -81,7 +80,8 @@ class Problem:
         M, layers = self.micro_batches_at(step), self.layers_per_chunk
         if self.together > 1:
             return [set(range((m // self.together + 1) * self.together)) for m in range(M)]
-        place = *self.stage_and_chunk(number), (number - 1) % layers
+        # All layers of a micro-batch have the f of its first backward, which is the last layer's.
+        place = *self.stage_and_chunk(number), layers - 1
         return seen_in_backward(M, *place, *self.pipeline, layers if self.combined else 0)
 
 
@@ -239,15 +239,8 @@ def _layer_loss(problem, step, block, C_mdi, S_mdi, N_md, of_step, counted) -> t
             tokens = N_md[m, group].sum()
             if problem.scope == "dp":
                 C_i = C_mdi[m, group].sum(0)
-            elif problem.scope == "global":
-                C_i = of_step["C"][sorted(seen[m])][:, group].sum((0, 1))
             else:
-                past = [stats[block] for stats in counted[-problem.window_steps :]]
-                if not past:
-                    continue  # f is uniform: no gradient
-                C_i = sum(stats["C"][:, group].sum((0, 1)) for stats in past)
-                mean = sum(stats["N"][:, group].sum() for stats in past) / sum(stats["N"][:, group].numel() for stats in past)
-                tokens = len(group) * mean
+                C_i = of_step["C"][sorted(seen[m])][:, group].sum((0, 1))
             if problem.per_token:
                 loss = loss + lbl(coeff, C_i, S_i, N_step)
             else:

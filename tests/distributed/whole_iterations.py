@@ -49,7 +49,7 @@ def train(
     import megatron_global_lbl as lbl
 
     with contextlib.ExitStack() as stack:
-        stack.enter_context(lbl.registered(**register))
+        handle = stack.enter_context(lbl.registered(**register))
         stack.enter_context(_forgotten_graphs(on_gpu))
         forget_logged_losses()
         with _capture_stream():
@@ -72,8 +72,9 @@ def train(
             with torch.no_grad():
                 _call(evaluate, problem, layout, model, problem.steps + step, forward_only=True)
         logged = reported(["load_balancing_loss"], problem.micro_batches, problem.layers).get("load_balancing_loss")
+        told = handle.metrics() if register.get("metrics") else {}
         harness.make_collectable(model)
-        return {"grads": grads, "logged": logged, "captured": _captured()}
+        return {"grads": grads, "logged": logged, "captured": _captured(), "metrics": told}
 
 
 def check(ranks: list[dict], problem: Problem) -> None:

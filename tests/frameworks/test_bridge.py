@@ -61,21 +61,3 @@ def test_bridges_global_loss_is_taken_over():
     log = train(register={"scope": "global"}, type="global_aux_loss")
     assert log.count("the strength rises by a factor of 2") == 1
     assert parameters(log) == parameters(train(register={"scope": "global"}))
-
-
-def test_window_survives_a_resume(tmp_path):
-    settings = {"scope": "window", "window_steps": 2}
-    straight = train(register=settings)
-    folder = str(tmp_path)
-    train(register=settings, iterations=2, save=folder)
-    resumed = train(register=settings, load=folder)
-    assert parameters(resumed) == parameters(straight)
-    (tmp_path / "iter_0000002" / "moe_lbl.pt").unlink()
-    anew = train(register=settings, load=folder)
-    assert "the window and the count of steps start anew" in anew
-    assert parameters(anew) != parameters(straight)
-
-
-def test_asynchronous_checkpoints_are_refused(tmp_path):
-    with pytest.raises(AssertionError, match=r"allowed: async_save=False"):
-        train(register={"scope": "window"}, save=str(tmp_path), async_save=True)

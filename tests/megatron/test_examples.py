@@ -110,14 +110,14 @@ def test_trains_on_this_machine(name):
     result = launch(f"{name}.sh", CPU="1", TRAIN_ITERS="2")
     assert result.returncode == 0, result.stdout[-5000:] + result.stderr[-5000:]
     assert re.findall(r"iteration +(\d+)/ +2 ", result.stdout) == ["1", "2"]
-    assert "> moe-lbl: scope global; f counted over 8 sequences" in result.stdout
+    assert "> moe-lbl: scope global; f will be counted over the global batch" in result.stdout
     assert result.stderr.count("CPU=1:") == 1
 
 
 def test_last_flags_and_environment_win():
-    words = dry_run("data_parallel.sh", "--lr", "1", CPU="1", MICRO_BATCH="2", LBL_SCOPE="window", LBL_WINDOW_STEPS="8")
+    words = dry_run("data_parallel.sh", "--lr", "1", CPU="1", MICRO_BATCH="2", LBL_SCOPE="dp", LBL_GROUP_SIZE="2")
     last = {flag: value for flag, value in zip(words, words[1:], strict=False) if flag.startswith("--")}
-    assert (last["--lr"], last["--micro-batch-size"], last["--moe-lbl-window-steps"]) == ("1", "2", "8")
+    assert (last["--lr"], last["--micro-batch-size"], last["--moe-lbl-group-size"]) == ("1", "2", "2")
 
 
 def test_data_and_many_nodes():
@@ -132,7 +132,7 @@ def test_data_and_many_nodes():
     "environment, line",
     [
         ({"GPUS_PER_NODE": "6", "TP": "4"}, "= 6 processes; allowed: a multiple of TP 4 x CP 1 x PP 1 = 4"),
-        ({"LBL_SCOPE": "globl"}, "LBL_SCOPE globl: unknown; allowed: micro, dp, global, window"),
+        ({"LBL_SCOPE": "globl"}, "LBL_SCOPE globl: unknown; allowed: micro, dp, global"),
         ({"TP": "4", "PP": "4"}, "= 8 processes; allowed: a multiple of TP 4 x CP 1 x PP 4 = 16; NNODES=2 would do\n"),
         ({"GPUS_PER_NODE": "4", "EP": "16"}, "a divisor of TP 1 x CP 1 x DP 4 = 4; NNODES=4 would do\n"),
         ({"EP": "3"}, "EP 3 x ETP 1; allowed: a divisor of TP 1 x CP 1 x DP 8 = 8"),
@@ -152,6 +152,23 @@ def test_says_that_it_is_not_in_a_slurm_job(script):
     assert (result.returncode, result.stdout) == (2, "")
     (line,) = result.stderr.splitlines()
     assert line.startswith(f"{script}: error: not in a SLURM job; ")
+
+
+@pytest.mark.parametrize(
+    "script, nodes, trainings",
+    [("one_node.sbatch", 1, 1), ("multi_node.sbatch", 4, 1), ("sweep.sbatch", 1, 5), ("job.sh", 1, 1)],
+)
+def test_a_dry_run_needs_no_slurm(tmp_path, script, nodes, trainings):
+    """It prints what a job starts, and makes nothing."""
+    run = tmp_path / "run"
+    result = launch(f"slurm/{script}", "examples/data_parallel.sh", "--seed", "7", DRY_RUN="1", RUN_DIR=str(run))
+    assert result.returncode == 0 and not run.exists(), result.stderr
+    text = result.stdout.replace("\\\n", " ")
+    assert text.count(f"srun --nodes={nodes} --ntasks={nodes} --ntasks-per-node=1 ") == trainings
+    assert text.count("-m megatron_global_lbl") == trainings and text.count("--seed 7") == 2 * trainings
+    assert ("--nnodes 4 --node-rank 0 --master-addr node-0" in re.sub(" +", " ", text)) == (nodes > 1)
+    scopes = re.findall(r"--moe-lbl-scope +(\S+)", text)
+    assert scopes == (["dp", "dp", "dp", "dp", "global"] if trainings > 1 else ["global"])
 
 
 def test_a_source_tree_finds_the_python_that_runs_it(tmp_path):

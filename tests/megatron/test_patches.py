@@ -91,12 +91,13 @@ def train(tree: Path, directory: Path, *launcher: str, more: tuple[str, ...] = (
 
 
 def assert_trained_with_the_hook(printed: str, directory: Path) -> None:
-    assert printed.count("> moe-lbl: scope global; f counted over 8 sequences: 2 dp ranks x 4 micro-batches x 1") == 1
+    assert printed.count("> moe-lbl: scope global; f will be counted over the global batch on all data-parallel ranks") == 1
     assert len(re.findall(r"iteration +[123]/ +3 ", printed)) == 3
-    assert len(re.findall(r"moe-lbl/lbl_global: 1\.\d+E\+00 \| moe-lbl/lbl_micro: ", printed)) == 3, "not in Megatron's line"
+    assert len(re.findall(r"moe_lbl/max_vio: \S+ \| moe_lbl/dead: ", printed)) == 3, "not in Megatron's line"
     (run,) = read(directory)
     assert run.header["scope"] == "global" and run.iterations.tolist() == [1, 2, 3] and run.layers == ["0", "1"]
-    assert run.tokens.tolist() == [256, 256, 256] and run.sequences.tolist() == [8, 8, 8]
+    # Of 4 micro-batches of 2 sequences f counts 1, 2, 3 and 4.
+    assert run.tokens.tolist() == [160] * 3 and run.sequences.tolist() == [5] * 3
 
 
 @pytest.mark.parametrize("release", WHEELS)
@@ -136,7 +137,7 @@ def parse(*flags, **how):
         return error.code
 
 assert parse().num_layers == 2, "it starts"
-for flags in (["--moe-lbl-scope", "global"], ["--moe-lbl-scope=global"], ["--moe-lbl-window-steps=4"]):
+for flags in (["--moe-lbl-scope", "global"], ["--moe-lbl-scope=global"], ["--moe-lbl-group-size=4"]):
     for how in ({}, {"ignore_unknown_args": True}):
         said = parse(*flags, **how)
         assert said.startswith(f"error: {flags[0]} needs the plugin megatron_global_lbl ("), said
@@ -160,10 +161,14 @@ def test_every_pinned_release_has_its_patch():
     assert {path.stem for path in patches_dir().glob("*.patch")} == tags
 
 
+def patch_of(entry) -> Path:
+    return patches_dir() / f"{entry.tag}.patch"
+
+
 @pytest.mark.parametrize("entry", PINNED, ids=lambda entry: entry.tag)
 def test_a_patch_is_as_small_as_it_can_be(entry):
     """One file, two hunks, one line of context before and after each, of which one is empty."""
-    text = entry.path.read_text()
+    text = patch_of(entry).read_text()
     assert re.findall(r"^(?:---|\+\+\+) (.*)$", text, re.MULTILINE) == [f"a/{FILE}", f"b/{FILE}"]
     lines = text.splitlines()[2:]
     assert [line[:1] for line in lines if line[:1] not in "+"].count("@") == 2
@@ -175,7 +180,7 @@ def test_a_patch_is_as_small_as_it_can_be(entry):
 @pytest.mark.parametrize("entry", PINNED, ids=lambda entry: entry.tag)
 def test_a_patch_adds_what_the_command_inserts(entry):
     """The patches are for other tools: the command does not read them."""
-    lines = entry.path.read_bytes().splitlines(keepends=True)[2:]
+    lines = patch_of(entry).read_bytes().splitlines(keepends=True)[2:]
     hunks = b"".join(line for line in lines if not line.startswith(b"@@"))
     wanted = [
         [b" " + after, *(b"+" + line for line in text.splitlines(keepends=True))] for after, text in insertions(entry.release)
@@ -227,7 +232,7 @@ class TestTags:
             if shutil.which(tool[0]) is None:
                 continue
             (tmp_path / FILE).write_bytes(self.git("show", f"{entry.tag}:{FILE}"))
-            subprocess.run([*tool, str(entry.path)], check=True, cwd=tmp_path)
+            subprocess.run([*tool, str(patch_of(entry))], check=True, cwd=tmp_path)
             assert hashlib.sha256((tmp_path / FILE).read_bytes()).hexdigest() == entry.after
 
     def test_the_places_are_found_once(self, entry):

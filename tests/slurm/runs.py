@@ -20,8 +20,7 @@ TRAINING = {
     "GLOBAL_BATCH": "4",
     "TRAIN_ITERS": str(STEPS),
     "SAVE_INTERVAL": str(SAVE_INTERVAL),
-    "LBL_SCOPE": "window",
-    "LBL_WINDOW_STEPS": "3",
+    "LBL_SCOPE": "global",
 }
 
 

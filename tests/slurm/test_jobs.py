@@ -69,12 +69,10 @@ SWEPT = {
     "dp": ["--moe-lbl-scope", "dp"],
     "global": ["--moe-lbl-scope", "global"],
 }
-ASKED_FOR = {"window-16": ["--moe-lbl-scope", "window", "--moe-lbl-window-steps", "16"]}
+ASKED_FOR = {"dp-16": ["--moe-lbl-scope", "dp", "--moe-lbl-group-size", "16"]}
 
 
-@pytest.mark.parametrize(
-    "array, environment, expected", [([], {}, SWEPT), (["--array=0"], {"BALANCE": "window-16"}, ASKED_FOR)]
-)
+@pytest.mark.parametrize("array, environment, expected", [([], {}, SWEPT), (["--array=0"], {"BALANCE": "dp-16"}, ASKED_FOR)])
 def test_sweep_is_one_training_per_setting(cluster, tmp_path, array, environment, expected):
     output = f"--output={tmp_path}/%a.out"
     run = f"{tmp_path}/run"
@@ -99,7 +97,7 @@ def test_refuses_bad_settings(cluster, tmp_path):
             {"RUN_DIR": f"{tmp_path}/run"},
             "no such launch script: nowhere.sh",
         ),
-        "setting": (["sweep.sbatch", "x"], {"BALANCE": "dp-x"}, "BALANCE has dp-x; allowed: micro, dp-N, dp, global, window-W"),
+        "setting": (["sweep.sbatch", "x"], {"BALANCE": "dp-x"}, "BALANCE has dp-x; allowed: micro, dp-N, dp, global"),
     }
     jobs = {}
     for name, (arguments, environment, _) in cases.items():

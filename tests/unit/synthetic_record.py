@@ -7,15 +7,17 @@ from typing import Any
 
 import numpy as np
 
-from megatron_global_lbl.metrics.reader import Run, read
+from megatron_global_lbl.metrics.record import Run, read
 from megatron_global_lbl.metrics.writer import Writer
 
 
-def write(directory: Path, load_NLE: np.ndarray, *, steps: int = 10, sequences: float = 256, **about: Any) -> Path:
+def write(
+    directory: Path, load_NLE: np.ndarray, *, steps: int = 10, sequences: float = 256, micro_sequences: float = 4, **about: Any
+) -> Path:
     """A record with these loads, their MaxVio, dead experts and the like; LBL as if scores followed the loads by half."""
     count, layers, experts = load_NLE.shape
-    settings = {"scope": "global", "alpha": 0.01, "topk": 2, "data_parallel": 4, "micro_batches": 2, "settings": {}, **about}
-    writer = Writer(directory, layers=[str(i + 2) for i in range(layers)], num_experts=experts, about=settings)
+    settings = {"scope": "global", "alpha": 0.01, "data_parallel": 4, "micro_batches": 2, "settings": {}, **about}
+    writer = Writer(directory, layers=[str(i + 2) for i in range(layers)], num_experts=experts, topk=2, about=settings)
     for number, load_LE in enumerate(load_NLE, 1):
         share_LE = load_LE / experts
         values = {
@@ -27,7 +29,8 @@ def write(directory: Path, load_NLE: np.ndarray, *, steps: int = 10, sequences: 
             "cv": load_LE.std(axis=1),
             "uncertainty": np.full(layers, 0.8),
         }
-        writer.append(iteration=number * steps, steps=steps, values=values, load=load_LE, sequences=sequences, tokens=4096)
+        balance = {"sequences": sequences, "tokens": 4096, "micro_sequences": micro_sequences}
+        writer.append(iteration=number * steps, steps=steps, values=values, load=load_LE, **balance)
     return directory
 
 

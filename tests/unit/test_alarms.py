@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 from synthetic_record import even, record
 
-from megatron_global_lbl.metrics.alarm_log import AlarmLog
 from megatron_global_lbl.metrics.alarms import alarms, max_vio_limit
+from megatron_global_lbl.metrics.live_alarms import LiveAlarms
+from megatron_global_lbl.metrics.record import read
+from megatron_global_lbl.metrics.writer import Writer
 
 
 def found(run):
@@ -77,46 +81,11 @@ def test_limit_of_max_vio(experts, topk, limit):
     assert max_vio_limit({"num_experts": experts, "topk": topk}) == limit
 
 
-def swinging(count, period):
-    """Layer "4" swings with that period in intervals, every expert with a phase of its own."""
-    load = even(count)
-    phase = np.random.default_rng(1).uniform(0, 2 * np.pi, 16)
-    load[:, 2] *= np.exp(0.5 * np.sin(2 * np.pi * np.arange(count)[:, None] / period + phase))
-    return load
-
-
-def test_swing(tmp_path):
-    """Three windows of 256 intervals; in the first it does not swing."""
-    load = swinging(3 * 256, 40)
-    load[:256] = even(256)
-    load[600:610] = np.nan  # lost with a disk
-    (alarm,) = alarms(record(tmp_path, load, steps=2, scope="window"))
-    assert (alarm.cause, alarm.since, alarm.layers) == ("swing", 2 * 256 + 1, ("4",))
-    assert "period of about 80 steps" in alarm.finding
-    assert "--moe-lbl-window-steps" in alarm.advice
-    assert "window" not in found(record(tmp_path / "global", load[256:], scope="global"))["swing"].advice
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        pytest.param(lambda n: np.cumsum(0.02 * np.random.default_rng(2).standard_normal((n, 16)), axis=0), id="walk"),
-        pytest.param(lambda n: np.exp(-np.arange(n)[:, None] / 50) * np.random.default_rng(3).standard_normal(16), id="decay"),
-        pytest.param(lambda n: 0.5 * (-1.0) ** np.arange(n)[:, None] * np.sign(np.arange(16) - 7.5), id="to and fro"),
-        pytest.param(lambda n: 0.02 * np.sin(2 * np.pi * np.arange(n)[:, None] / 40 + np.arange(16)), id="too small"),
-    ],
-)
-def test_no_swing(tmp_path, change):
-    load = even(256, noise=0.02)
-    load[:, 1] *= np.exp(change(256))
-    assert alarms(record(tmp_path, load / load.mean(axis=-1, keepdims=True))) == []
-
-
 def test_balance_bsz(tmp_path):
-    (alarm,) = alarms(record(tmp_path, even(20), sequences=31))
+    (alarm,) = alarms(record(tmp_path, even(20), sequences=15))
     assert (alarm.cause, alarm.since) == ("balance_bsz", 1)
-    assert "Balance BSZ 31 (scope global): f is counted over fewer than 32 sequences" in alarm.finding
-    assert alarms(record(tmp_path / "enough", even(20), sequences=32)) == []
+    assert "Balance BSZ 15 (scope global): f is counted over fewer than 16 sequences" in alarm.finding
+    assert alarms(record(tmp_path / "enough", even(20), sequences=16)) == []
     assert alarms(record(tmp_path / "unknown", even(20), sequences=np.nan)) == []
 
 
@@ -125,23 +94,51 @@ def test_balance_bsz(tmp_path):
     [
         ({"alpha": 0.0}, "no_coefficient"),
         ({"alpha": 0.0, "scope": "micro"}, None),
-        ({"scope": "dp", "data_parallel": 1}, "same_as_micro"),
-        ({"scope": "dp", "settings": {"group_size": 1}}, "same_as_micro"),
-        ({"data_parallel": 1, "micro_batches": 1}, "same_as_micro"),
-        ({"data_parallel": 1, "micro_batches": 2}, None),
-        ({"scope": "window", "data_parallel": 1, "micro_batches": 1}, None),
+        ({"alpha": 0.0, "balancing": ["expert_bias"]}, None),
+        ({"scope": "dp", "micro_sequences": 256}, "same_as_micro"),
+        ({"scope": "micro", "micro_sequences": 256}, None),
+        ({"micro_sequences": 256, "data_parallel": 8}, "same_as_micro"),
+        ({"micro_sequences": 128, "data_parallel": 1, "micro_batches": 1}, None),
+        ({"micro_sequences": np.nan}, None),
     ],
 )
 def test_a_scope_that_does_nothing(tmp_path, about, cause):
+    """Measured sequences decide, whatever the flags say."""
     assert list(found(record(tmp_path, even(20), **about))) == ([cause] if cause else [])
+
+
+@pytest.mark.parametrize(
+    "balancing, alpha, advised",
+    [
+        (["aux_loss"], 0.01, ["--moe-aux-loss-coeff"]),
+        (["seq_aux_loss"], 0.0, ["--moe-aux-loss-coeff"]),
+        (["expert_bias"], 0.0, ["--moe-router-bias-update-rate"]),
+        (["seq_aux_loss", "expert_bias"], 0.0, ["--moe-aux-loss-coeff", "--moe-router-bias-update-rate"]),
+        (["quantile_balancing"], 0.0, ["--moe-router-quantile-balancing-ema"]),
+        (["none"], 0.0, ["--moe-router-load-balancing-type", "--moe-router-enable-expert-bias"]),
+        (None, 0.0, []),
+    ],
+)
+def test_advice_is_for_what_balances_the_model(tmp_path, balancing, alpha, advised):
+    """And no scope or coefficient of this plugin for somebody without a loss that it acts on."""
+    load = even(60)
+    load[:, 1, 5] = 0
+    load[:, 0, 3] = 6
+    about = {"alpha": alpha, "scope": "micro", **({"balancing": balancing} if balancing else {})}
+    alarm = found(record(tmp_path, load, sequences=4, **about))
+    has_loss = balancing == ["aux_loss"]
+    assert set(alarm) == {"dead_experts", "max_vio"} | ({"balance_bsz"} if has_loss else set())
+    flags = re.findall("--moe-[a-z-]+", alarm["max_vio"].advice + " " + alarm["dead_experts"].advice)
+    assert set(flags) - {"--moe-router-dtype"} == set(advised)
+    assert has_loss or not any("--moe-lbl" in x.advice for x in alarm.values())
 
 
 def test_the_log_says_each_cause_once(tmp_path):
     """When it begins, and again neither in the next interval nor after a way back to a checkpoint."""
-    load = swinging(320, 40)
+    load = even(320)
     load[50:, 1, 5] = 0
-    log = AlarmLog(["2", "3", "4"], 16, first_stage=True)
-    about = {"scope": "window", "topk": 2}
+    log = LiveAlarms(["2", "3", "4"], 16)
+    about = {"scope": "global", "topk": 2, "alpha": 0.01}
     said = {}
 
     def train(first, last):
@@ -157,6 +154,18 @@ def test_the_log_says_each_cause_once(tmp_path):
     (line,) = said
     assert line.startswith("!! 1 expert of layer 3 (number 5) took no token") and "since iteration 501. Do: a larger" in line
     train(61, 320)
-    assert [line[:14] for line in said] == ["!! 1 expert of", "!! The load of", "!! Balance BSZ"]
-    # It looks for swings every 32 intervals, and 10 were run again: in its 160th it has 150, enough to tell.
-    assert list(said.values())[1:] == [[150], [225]]
+    assert [line[:14] for line in said] == ["!! 1 expert of", "!! Balance BSZ"]
+    assert list(said.values())[1:] == [[225]]
+
+
+def test_layers_have_their_own_experts(tmp_path):
+    """Layer "b" has 4 experts with top-2: its MaxVio can be 1 at most, and half of that is its limit."""
+    writer = Writer(tmp_path, layers=["a", "b"], num_experts=[16, 4], topk=[2, 2], about={"alpha": 0.01})
+    load = np.ones((2, 16))
+    load[1, :4] = [1.6, 1.2, 1.2, 0]
+    for number in range(1, 13):
+        values = {"max_vio": np.array([0.6, 0.6]), "dead": np.array([0, 1])}
+        writer.append(iteration=number * 10, steps=10, values=values, load=load)
+    (run,) = read(tmp_path)
+    assert [(alarm.cause, alarm.layers) for alarm in alarms(run)] == [("dead_experts", ("b",)), ("max_vio", ("b",))]
+    assert "1 expert of layer b (number 3)" in alarms(run)[0].finding

@@ -1,4 +1,4 @@
-"""The demo's text: found on this machine, distinct, held out cleanly, and unchanged by Megatron's dataset format."""
+"""The demo's text: the same bytes everywhere, distinct, held out, and unchanged by Megatron's dataset format."""
 
 from __future__ import annotations
 
@@ -10,72 +10,60 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 
-from demo import corpus, prepare
+from demo import prepare, text
+from demo.megatron_args import EVALUATED_AT_ONCE, GLOBAL_BATCH, SEQUENCE_LENGTH, Size
 
-TRAIN_BYTES = prepare.TRAIN_BYTES
-VALID_BYTES = 16_385
-
-
-@pytest.fixture(scope="module")
-def domains() -> dict[str, corpus.Domain]:
-    return {name: corpus.find_domain(name, train_bytes=TRAIN_BYTES, valid_bytes=VALID_BYTES) for name in corpus.FINDERS}
+VALID_BYTES = Size.valid_sequences * SEQUENCE_LENGTH + 1
+TRAIN = {name: text.documents(name, prepare.TRAIN_BYTES) for name in text.GRAMMARS}
+VALID = {name: text.documents(name, VALID_BYTES, held_out=True) for name in text.GRAMMARS}
 
 
-def _byte_histogram(blocks: list[bytes]) -> list[float]:
-    text = b"".join(blocks)
-    return [text.count(byte) / len(text) for byte in range(256)]
+def _byte_histogram(documents: list[bytes]) -> list[float]:
+    joined = b"".join(documents)
+    return [joined.count(byte) / len(joined) for byte in range(256)]
 
 
-def test_every_domain_is_found_with_enough_text(domains):
-    assert len(domains) >= 5
-    for domain in domains.values():
-        assert sum(map(len, domain.train)) > 100_000, domain.name
-        assert sum(map(len, domain.valid)) >= VALID_BYTES, domain.name
-        assert max(map(len, domain.train + domain.valid)) <= corpus.BLOCK_BYTES
+def test_the_bytes_are_those_of_the_published_numbers():
+    """Whoever changes the text measures the demo again (README.md, benchmarks/)."""
+    digest = hashlib.sha256(b"".join(b"".join(TRAIN[name] + VALID[name]) for name in TRAIN))
+    assert digest.hexdigest()[:16] == "fe34d5c1d2280a9a"
 
 
-def test_no_block_is_in_two_places(domains):
-    """Training and validation of all domains together: a block, by its hash, is in one of them only."""
-    blocks = [block for domain in domains.values() for block in domain.train + domain.valid]
-    assert len({hashlib.sha256(block).digest() for block in blocks}) == len(blocks)
+def test_a_training_reads_no_byte_twice_and_the_measurement_whole_batches():
+    assert len(TRAIN) == 8
+    assert Size.steps * GLOBAL_BATCH * SEQUENCE_LENGTH / len(TRAIN) < 0.6 * prepare.TRAIN_BYTES
+    assert Size.valid_sequences % EVALUATED_AT_ONCE == 0
 
 
-def test_domains_are_clearly_different(domains):
-    """Each held-out text is nearest to its own domain's training text, by nothing but the frequencies of its bytes."""
-    trained = {name: _byte_histogram(domain.train) for name, domain in domains.items()}
-    for name, domain in domains.items():
-        held_out = _byte_histogram(domain.valid)
-        distance = {other: sum(abs(x - y) for x, y in zip(held_out, histogram)) for other, histogram in trained.items()}
-        assert min(distance, key=distance.__getitem__) == name, distance
+@pytest.mark.parametrize("name", text.GRAMMARS)
+def test_no_document_is_in_two_places(name):
+    documents = TRAIN[name] + VALID[name]
+    assert len(set(documents)) == len(documents)
 
 
-def test_a_second_search_finds_the_same(domains):
-    again = corpus.find_domain("python", train_bytes=TRAIN_BYTES, valid_bytes=VALID_BYTES)
-    assert again == domains["python"]
+@pytest.mark.parametrize("name", text.GRAMMARS)
+def test_domains_are_clearly_different(name):
+    """Held-out text is nearest to its own domain's training text, by nothing but the frequencies of its bytes."""
+    held_out = _byte_histogram(VALID[name])
+    distance = {other: sum(abs(x - y) for x, y in zip(held_out, _byte_histogram(TRAIN[other]))) for other in TRAIN}
+    assert min(distance, key=distance.__getitem__) == name, distance
 
 
-def test_bytes_survive_megatrons_indexed_dataset(domains, tmp_path):
+def test_bytes_survive_megatrons_indexed_dataset(tmp_path):
     pytest.importorskip("megatron.core", reason="needs megatron-core (extra 'megatron')")
     from megatron.core.datasets.indexed_dataset import IndexedDataset
 
-    blocks = domains["russian"].train
-    tokens = prepare.write_indexed_dataset(str(tmp_path / "russian"), blocks)
-    dataset = IndexedDataset(str(tmp_path / "russian"))
-    assert len(dataset) == len(blocks)
-    assert tokens == sum(map(len, blocks)) + len(blocks)
-    assert [prepare.detokenize(dataset[i]) for i in range(len(dataset))] == blocks
+    documents = TRAIN["latex"]
+    tokens = prepare.write_indexed_dataset(str(tmp_path / "latex"), documents)
+    dataset = IndexedDataset(str(tmp_path / "latex"))
+    assert tokens == sum(map(len, documents)) + len(documents)
+    assert [bytes(dataset[i][:-1].astype("uint8")) for i in range(len(dataset))] == documents
     assert all(dataset[i][-1] == prepare.END_OF_DOCUMENT for i in range(len(dataset)))
 
 
-def test_validation_has_exactly_the_tokens_asked_for(domains, tmp_path):
+def test_validation_has_exactly_the_tokens_asked_for(tmp_path):
     pytest.importorskip("megatron.core", reason="needs megatron-core (extra 'megatron')")
     from megatron.core.datasets.indexed_dataset import IndexedDataset
 
-    assert prepare.write_indexed_dataset(str(tmp_path / "c"), domains["c++"].valid, most=5001) == 5001
-    assert sum(IndexedDataset(str(tmp_path / "c")).sequence_lengths) == 5001
-
-
-def test_too_little_text_says_what_is_missing(monkeypatch):
-    monkeypatch.setattr(corpus, "PACKAGES", Path("/nonexistent"))
-    with pytest.raises(SystemExit, match="russian.*language pack.*/nonexistent"):
-        corpus.find_domain("russian", train_bytes=TRAIN_BYTES, valid_bytes=VALID_BYTES)
+    assert prepare.write_indexed_dataset(str(tmp_path / "sql"), VALID["sql"], most=5001) == 5001
+    assert sum(IndexedDataset(str(tmp_path / "sql")).sequence_lengths) == 5001

@@ -1,4 +1,4 @@
-"""Links between the documents lead somewhere, to a heading where they name one."""
+"""Links between the documents lead to a file, and to a heading where they name one; the documents stay short."""
 
 from __future__ import annotations
 
@@ -33,3 +33,13 @@ def test_links_lead_somewhere():
             if not file.exists() or (anchor and file.suffix == ".md" and anchor not in _anchors(file)):
                 lost.append(f"{name}: {target}")
     assert not lost, "\n".join(lost)
+
+
+def _words(*files: Path) -> int:
+    """As `wc -w` counts."""
+    return sum(len(file.read_text(encoding="utf-8").split()) for file in files)
+
+
+def test_the_documents_are_short():
+    assert _words(ROOT / "README.md") <= 900
+    assert _words(*(ROOT / "docs").glob("*.md")) <= 12_500

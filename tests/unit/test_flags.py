@@ -31,29 +31,44 @@ GLOBAL = ("--moe-lbl-scope", "global")
 @pytest.mark.parametrize(
     "args, message",
     [
-        (arguments("--moe-lbl-scope", "globl"), "--moe-lbl-scope globl: unknown; allowed: micro, dp, global, window"),
+        (arguments("--moe-lbl-scope", "globl"), "--moe-lbl-scope globl: unknown; allowed: micro, dp, global"),
         (arguments(*GLOBAL, num_experts=None), "--num-experts is not set"),
         (arguments(*GLOBAL, moe_aux_loss_coeff=0.0), "--moe-aux-loss-coeff is 0 for aux_loss; allowed: a number > 0"),
         (arguments(*GLOBAL, moe_router_load_balancing_type="seq_aux_loss"), "is seq_aux_loss; allowed: aux_loss"),
+        (
+            arguments(*GLOBAL, moe_router_load_balancing_type="seq_aux_loss", moe_router_enable_expert_bias=True),
+            "replaced). The expert bias asks for an even load over the global batch already: a global loss beside it changes",
+        ),
         (arguments(*GLOBAL, moe_router_load_balancing_type="sinkhorn"), "is sinkhorn; allowed: aux_loss"),
         (arguments(*GLOBAL, moe_router_load_balancing_type="none"), "is none; allowed: aux_loss"),
         (
             arguments(*GLOBAL, moe_router_load_balancing_type=["aux_loss", "global_aux_loss"], moe_aux_loss_coeff=[0.1, 0.1]),
             "ambiguous",
         ),
+        (
+            arguments(*GLOBAL, moe_router_load_balancing_type=["aux_loss", "seq_aux_loss"], moe_aux_loss_coeff=0.1),
+            "--moe-aux-loss-coeff has 1 and --moe-router-load-balancing-type 2 values; give one coefficient for each type",
+        ),
+        (
+            arguments(*GLOBAL, moe_aux_loss_coeff=[0.1, 0.2]),
+            "--moe-aux-loss-coeff has 2 and --moe-router-load-balancing-type 1",
+        ),
+        (arguments("--moe-lbl-metrics", "brief", moe_aux_loss_coeff=[0.1, 0.2]), "--moe-aux-loss-coeff has 2 and"),
+        (
+            arguments(*GLOBAL, "--moe-lbl-micro-coeff", "8"),
+            "--moe-lbl-micro-coeff 8: not allowed; allowed: a number from 0 to 1",
+        ),
+        (
+            arguments(*GLOBAL, "--moe-lbl-start-iter", "100", train_iters=100),
+            "--moe-lbl-start-iter 100: the training ends before, with --train-iters 100; allowed: less",
+        ),
         (arguments(*GLOBAL, "--moe-lbl-group-size", "3"), "--moe-lbl-group-size 3: not allowed; allowed: a divisor"),
-        (arguments(*GLOBAL, "--moe-lbl-window-steps", "4"), "--moe-lbl-window-steps 4 has no effect"),
-        (arguments("--moe-lbl-scope", "window", "--moe-lbl-window-steps", "0"), "allowed: an integer >= 1"),
         (arguments(*GLOBAL, "--moe-lbl-start-iter", "-1"), "--moe-lbl-start-iter -1: not allowed"),
         (arguments("--moe-lbl-metrics", "all"), "--moe-lbl-metrics all: unknown; allowed: brief, detailed, off"),
         (arguments("--moe-lbl-metrics-dir", "d", num_experts=None), "--moe-lbl-metrics-dir d needs a mixture of experts"),
         (
             arguments("--moe-lbl-metrics", "brief", moe_router_load_balancing_type="sinkhorn"),
             "--moe-lbl-metrics brief is not supported with --moe-router-load-balancing-type sinkhorn",
-        ),
-        (
-            arguments(*GLOBAL, "--moe-lbl-metrics", "brief", cuda_graph_impl="local"),
-            "--moe-lbl-metrics brief is not supported with CUDA graphs; allowed: without",
         ),
         (arguments(*GLOBAL, hybrid_context_parallel=True), "not supported with --hybrid-context-parallel"),
         (arguments(*GLOBAL, mlp_chunks_for_training=4), "--mlp-chunks-for-training 4, which runs each router 4 times"),
@@ -63,21 +78,9 @@ GLOBAL = ("--moe-lbl-scope", "global")
             "not supported with full_iteration CUDA graphs and --cuda-graph-warmup-steps 0; allowed: 1 or more",
         ),
         (
-            arguments(
-                "--moe-lbl-scope",
-                "dp",
-                "--moe-lbl-metrics-dir",
-                "d",
-                cuda_graph_impl="local",
-                cuda_graph_scope=["full_iteration"],
-            ),
-            "--moe-lbl-metrics-dir d is not supported with CUDA graphs; allowed: without",
-        ),
-        (
             arguments(*GLOBAL, "--moe-lbl-start-iter", "5", cuda_graph_impl="local"),
-            "--moe-lbl-start-iter 5 is not supported with CUDA graphs; allowed: without",
+            "--moe-lbl-start-iter 5 does not work with CUDA graphs, whose replays cannot change the loss: remove it",
         ),
-        (arguments("--moe-lbl-scope", "window", save="x", ckpt_format="torch_dcp"), "--ckpt-format torch_dcp"),
     ],
 )
 def test_refused_with_one_line(args, message, monkeypatch, capsys):
@@ -112,46 +115,101 @@ def test_megatron_fsdp_where_it_was_proven(release, monkeypatch):
 @pytest.mark.parametrize(
     "command_line, line",
     [
-        (GLOBAL, "f counted over 256 sequences: 8 dp ranks x 4 micro-batches x 8"),
-        (("--moe-lbl-scope", "dp"), "f counted over 64 sequences: 8 dp ranks x 8"),
-        (("--moe-lbl-scope", "window"), "f counted over 256 sequences: 8 dp ranks x 4 micro-batches x 8 x 1 step"),
-        ((*GLOBAL, "--moe-lbl-group-size", "2"), "f counted over 64 sequences: 2 dp ranks of 8 x 4 micro-batches x 8"),
-        ((), "scope micro; f counted over 8 sequences: 8 (Megatron's own loss, untouched)"),
+        (GLOBAL, "scope global; f will be counted over the global batch on all data-parallel ranks"),
+        (("--moe-lbl-scope", "dp"), "scope dp; f will be counted over the micro-batch on all data-parallel ranks"),
+        ((*GLOBAL, "--moe-lbl-group-size", "2"), "on all data-parallel ranks, in groups of 2"),
+        ((), "scope micro; Megatron's own loss will be left untouched"),
+        ((*GLOBAL, "--moe-lbl-start-iter", "3"), "scope micro before iteration 3"),
+        ((*GLOBAL, "--moe-lbl-micro-coeff", "1e-3"), "a micro-batch loss will be added with coefficient 0.001"),
+        ((*GLOBAL, "--moe-lbl-metrics-dir", "d"), "the balance record will be written to d"),
     ],
 )
-def test_describes_the_balance_batch(command_line, line):
+def test_says_the_setting_and_no_numbers(command_line, line):
+    """How many sequences it is depends on schedules and packing: a step measures it."""
     args = arguments(*command_line)
     settings = Settings.create(**{name: getattr(args, f"moe_lbl_{name}") for name in Settings.__dataclass_fields__})
-    assert line in flags.describe(args, settings)[0]
-    args.data_parallel_size, args.gtp_weight_remat_size = 4, 2  # the same ranks, weights sharded over pairs
     refusals.refuse_arguments(args, settings)
-    assert line in flags.describe(args, settings)[0]
+    assert line in "\n".join(settings.in_words()) and "sequences" not in "\n".join(settings.in_words())
+
+
+def test_sharded_weights_are_data_parallel_ranks():
+    args = arguments(*GLOBAL, "--moe-lbl-group-size", "8", data_parallel_size=4, gtp_weight_remat_size=2)
+    refusals.refuse_arguments(args, Settings.create(scope="global", group_size=8))
+
+
+def balance_batch(scope: str, data_parallel_size: int = 8, global_batch_size: int = 256, **settings) -> list[str]:
+    sizes = {"micro_batch_size": 8, "global_batch_size": global_batch_size, "data_parallel_size": data_parallel_size}
+    return flags.balance_batch(Settings.create(scope=scope, **settings), **sizes)
 
 
 @pytest.mark.parametrize(
-    "command_line, megatron, counts_more",
+    "line, settings",
     [
-        (("--moe-lbl-scope", "dp"), {"data_parallel_size": 1}, "scope global counts"),
-        (("--moe-lbl-scope", "dp", "--moe-lbl-group-size", "1"), {}, "scope global counts"),
-        (GLOBAL, {"data_parallel_size": 1, "global_batch_size": 8}, "more micro-batches or ranks count"),
-        (("--moe-lbl-scope", "dp"), {"data_parallel_size": 2}, None),
-        (("--moe-lbl-scope", "dp"), {"data_parallel_size": 1, "gtp_weight_remat_size": 2}, None),
-        (GLOBAL, {"data_parallel_size": 1}, None),
-        (("--moe-lbl-scope", "window"), {"data_parallel_size": 1, "global_batch_size": 8}, None),
-        ((), {"data_parallel_size": 1, "global_batch_size": 8}, None),
+        ("f would be counted over 256 sequences: 8 dp ranks x 4 micro-batches x 8", {"scope": "global"}),
+        ("f would be counted over 64 sequences: 8 dp ranks x 8", {"scope": "dp"}),
+        ("over 64 sequences: 2 dp ranks of 8 x 4 micro-batches x 8", {"scope": "global", "group_size": 2}),
+        ("scope micro; f would be counted over 8 sequences: 8", {"scope": "micro"}),
     ],
 )
-def test_says_that_a_scope_equals_micro(command_line, megatron, counts_more):
-    args = arguments(*command_line, **megatron)
-    settings = Settings.create(**{name: getattr(args, f"moe_lbl_{name}") for name in Settings.__dataclass_fields__})
-    said = [line for line in flags.describe(args, settings) if "equals micro" in line]
-    if counts_more is None:
-        assert said == []
-    else:
-        assert said == [
-            f"!! scope {settings.scope.value} equals micro here: f is counted over one micro-batch of one data-parallel rank; "
-            f"{counts_more} over more"
-        ]
+def test_balance_batch_of_given_sizes(line, settings):
+    assert line in balance_batch(**settings)[0]
+
+
+@pytest.mark.parametrize(
+    "settings, counts_more",
+    [
+        ({"scope": "dp", "data_parallel_size": 1, "global_batch_size": 32}, "scope global counts"),
+        ({"scope": "dp", "group_size": 1}, "scope global counts"),
+        ({"scope": "global", "data_parallel_size": 1, "global_batch_size": 8}, "more micro-batches or ranks count"),
+        ({"scope": "dp", "data_parallel_size": 2}, None),
+        ({"scope": "global", "data_parallel_size": 1}, None),
+        ({"scope": "micro", "data_parallel_size": 1, "global_batch_size": 8}, None),
+    ],
+)
+def test_says_that_a_scope_equals_micro(settings, counts_more):
+    said = [line for line in balance_batch(**settings) if "equals micro" in line]
+    assert len(said) == (counts_more is not None)
+    assert not said or said[0].endswith(f"{counts_more} over more") and f"scope {settings['scope']} equals" in said[0]
+
+
+@pytest.mark.parametrize(
+    "argument, meant",
+    [
+        ("--moe-lbl-scop", "--moe-lbl-scope"),
+        ("--moe-lb-scope=global", "--moe-lbl-scope"),
+        ("--moe_lbl_scope", "--moe-lbl-scope"),
+        ("--moe-lbl-metric-dir", "--moe-lbl-metrics-dir"),
+    ],
+)
+@pytest.mark.parametrize("known_only", [False, True], ids=["parse_args", "parse_known_args"])
+def test_a_near_miss_names_the_flag_that_was_meant(argument, meant, known_only, monkeypatch, capsys):
+    """At the end of what argparse prints; and where a script ignores flags that it does not know."""
+    monkeypatch.setattr("sys.argv", ["pretrain_gpt.py", "--num-experts", "8", argument, "x"])
+    monkeypatch.delenv("RANK", raising=False)
+    parser = flags.add_arguments(argparse.ArgumentParser(allow_abbrev=False))
+    with pytest.raises(SystemExit):
+        if known_only:
+            flags.activate(arguments(**vars(parser.parse_known_args()[0])))
+        parser.parse_args()
+    said = capsys.readouterr().err
+    assert said.endswith(f"; did you mean {meant}?\n"), said
+    assert known_only or "usage:" in said
+
+
+def test_other_flags_of_megatron_are_no_near_misses(monkeypatch):
+    pytest.importorskip("megatron.training")
+    from megatron.training.arguments import add_megatron_arguments
+
+    names = list(add_megatron_arguments(argparse.ArgumentParser())._option_string_actions)
+    assert len(names) > 500
+    monkeypatch.setattr("sys.argv", ["pretrain_gpt.py", *names])
+    flags._refuse_near_misses()
+
+
+def test_the_launchers_own_flag_behind_the_script(capsys):
+    with pytest.raises(SystemExit):
+        flags.add_arguments(argparse.ArgumentParser()).parse_args(["--cpu"])
+    assert capsys.readouterr().err.endswith("unrecognized arguments: --cpu; --cpu belongs before the script\n")
 
 
 @pytest.mark.parametrize(
@@ -187,4 +245,4 @@ def test_flags_have_a_group_of_their_own():
     parser = flags.add_arguments(argparse.ArgumentParser())
     help_text = parser.format_help()
     assert "mixture-of-experts load-balancing loss:" in help_text
-    assert help_text.count("--moe-lbl-") >= 7
+    assert sorted(flags.FLAGS) == sorted({word for word in help_text.split() if word.startswith("--moe-lbl-")} & {*flags.FLAGS})

@@ -74,7 +74,8 @@ def test_wheel_holds_the_package_and_the_patches(built):
     patches = {f"megatron_global_lbl/patches/{file.name}" for file in (ROOT / "patches").glob("*.patch")}
     assert patches and patches <= found
     assert {"megatron_global_lbl/patches/checksums.json", "megatron_global_lbl/py.typed"} <= found
-    assert "megatron_global_lbl/report/page.html" in found
+    assert {"megatron_global_lbl/report/page.html", "megatron_global_lbl/report/page.js"} <= found
+    assert "megatron_global_lbl.pth" in found, "beside the packages, where Python reads it"
     # A top-level package `tests` or `examples` would be installed over everybody else's.
     assert all(name.startswith("megatron_") for name in found), found
 
@@ -85,7 +86,7 @@ def test_sdist_holds_the_repository(built):
     files = [file for folder in folders for file in (ROOT / folder).rglob("*") if file.is_file()]
     wanted = {str(file.relative_to(ROOT)) for file in files if file.suffix != ".pyc"}
     wanted |= {"CHANGELOG.md", "CITATION.cff", "CONTRIBUTING.md", "LICENSE", "Makefile", "README.md", "SECURITY.md"}
-    wanted |= {"constraints.txt", "pyproject.toml", ".pre-commit-config.yaml"}
+    wanted |= {"constraints.txt", "pyproject.toml", ".pre-commit-config.yaml", "megatron_global_lbl.pth"}
     assert wanted <= found, wanted - found
     assert not [name for name in found if name.endswith(".pyc")]
 

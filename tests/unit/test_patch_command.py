@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -114,21 +115,71 @@ def test_says_which_release_the_file_is_of(tree, capsys):
 
 
 @pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
-def test_says_which_lines_differ_in_a_git_checkout(tree, capsys, monkeypatch):
-    identity = {f"GIT_{who}_{what}": "x" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
+def test_nothing_of_the_tree_is_run(tree, tmp_path, capsys):
+    """A partial clone asks its remote for objects that it lacks; this one's remote is a program."""
+    marker = tmp_path / "was-run"
+    subprocess.run(["git", "-C", str(tree), "init", "-q"], check=True)
+    with (tree / ".git" / "config").open("a") as config:
+        config.write(
+            "[extensions]\n\tpartialClone = origin\n"
+            f'[remote "origin"]\n\tpromisor = true\n\turl = "ext::touch {marker}"\n'
+            '[protocol "ext"]\n\tallow = always\n'
+            f"[core]\n\tfsmonitor = touch {marker}\n"
+        )
+    subprocess.run(["git", "-C", str(tree), "show", "c" * 40], capture_output=True)
+    assert marker.exists(), "git itself runs it: the test can fail"
+    marker.unlink()
+    (tree / FILE).write_text(BEFORE.replace("line 3\n", "mine\n"))
+    for arguments in ([], ["--check"], ["--reverse"]):
+        assert "is not the file of core_v0.18.2" in refused(tree, capsys, *arguments)
+    assert not marker.exists()
 
-    def git(*command):
-        environment = {**os.environ, **identity}
-        return subprocess.run(["git", "-C", str(tree), *command], check=True, capture_output=True, env=environment).stdout
 
-    git("init", "-q")
-    git("add", ".")
-    git("commit", "-q", "-m", "release")
-    commit = git("rev-parse", "HEAD").decode().strip()
-    table = patch.patches_dir() / "checksums.json"
-    table.write_text(table.read_text().replace("c" * 40, commit))
-    (tree / FILE).write_text(BEFORE.replace("line 3\n", "mine\n").replace("line 12\n", "a\nb\nc\n"))
-    assert "Lines that differ from core_v0.18.2: 3, 12-14\n" in refused(tree, capsys)
+@pytest.mark.parametrize("linked", [FILE, "megatron/training", "megatron/core/package_info.py", "megatron"])
+def test_no_link_is_followed_out_of_the_tree(tree, tmp_path, capsys, linked):
+    outside = tmp_path / "outside"
+    os.rename(tree / linked, outside)
+    (tree / linked).symlink_to(outside)
+    before = snapshot(tmp_path)
+    for arguments in ([], ["--check"], ["--reverse"]):
+        assert "by a symbolic link out of the tree" in refused(tree, capsys, *arguments)
+    assert snapshot(tmp_path) == before
+
+
+def test_a_tree_that_is_a_link_and_links_inside_of_it(tree, tmp_path):
+    """Such a link stays one; another name of the same file (package caches) keeps the original content."""
+    real, other = tree / "real.py", tmp_path / "cache.py"
+    os.rename(tree / FILE, real)
+    (tree / FILE).symlink_to(real)
+    os.link(real, other)
+    (tmp_path / "link").symlink_to(tree)
+    assert main(["patch", "--megatron", str(tmp_path / "link")]) == 0
+    assert (tree / FILE).is_symlink() and real.read_text() == AFTER and other.read_text() == BEFORE
+
+
+def test_names_the_release_of_the_tree_and_the_one_that_python_imports(tree, tmp_path, capsys, monkeypatch):
+    """The second is often another: that of an installed wheel."""
+    assert main(["patch", "--megatron", str(tree), "--check"]) == 0
+    assert "(Megatron-Core 0.18.2: the file of core_v0.18.2)" in capsys.readouterr().out
+    other = tmp_path / "other"
+    shutil.copytree(tree, other)
+    info = other / "megatron/core/package_info.py"
+    info.write_text(info.read_text().replace("18", "17"))
+    monkeypatch.setattr(patch.importlib.util, "find_spec", lambda name: SimpleNamespace(submodule_search_locations=[found]))
+    found = str(other / "megatron")
+    assert main(["patch", "--megatron", str(tree)]) == 0
+    assert f"This Python imports Megatron-Core 0.17.2 from {other}; the tree's scripts use" in capsys.readouterr().out
+    assert main(["patch", "--megatron", str(tree), "--reverse"]) == 0
+    capsys.readouterr()
+    found = str(tree / "megatron")
+    assert main(["patch", "--megatron", str(tree)]) == 0
+    assert "This Python" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("text", ["MAJOR = 0\n", "MAJOR = 'x'\nMINOR = 18\nPATCH = 2\n", "\udcff"])
+def test_a_version_that_is_none(tree, capsys, text):
+    (tree / "megatron/core/package_info.py").write_text(text, errors="surrogateescape")
+    assert "says no version" in refused(tree, capsys)
 
 
 def launcher_takes(tree) -> bool:
@@ -183,17 +234,8 @@ def test_a_file_that_cannot_be_written_stays(tree, capsys, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(files.os, "replace", full)
-    assert "No space left on device" in refused(tree, capsys)
-
-
-def test_links_are_kept(tree, tmp_path):
-    """A link to the file stays a link; another name of the same file (package caches) keeps the original content."""
-    real, other = tmp_path / "real.py", tmp_path / "cache.py"
-    os.rename(tree / FILE, real)
-    (tree / FILE).symlink_to(real)
-    os.link(real, other)
-    assert main(["patch", "--megatron", str(tree)]) == 0
-    assert (tree / FILE).is_symlink() and real.read_text() == AFTER and other.read_text() == BEFORE
+    said = refused(tree, capsys)
+    assert "No space left on device" in said and "Errno" not in said
 
 
 @pytest.mark.parametrize(

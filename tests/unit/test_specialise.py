@@ -105,10 +105,10 @@ def training(tmp_path, **changed) -> argparse.Namespace:
 
 
 def test_a_training_becomes_an_evaluation(tmp_path):
-    args = training(tmp_path, skip_train=False, use_megatron_fsdp=False, moe_lbl_scope="window", moe_lbl_window_steps="4")
+    args = training(tmp_path, skip_train=False, use_megatron_fsdp=False, moe_lbl_scope="global", moe_lbl_group_size="4")
     assert arguments.prepare(args) == Path("m")
     # What a patched Megatron-LM would turn on by itself.
-    assert (args.moe_lbl_scope, args.moe_lbl_window_steps, args.moe_lbl_metrics_dir) == ("micro", None, None)
+    assert (args.moe_lbl_scope, args.moe_lbl_group_size, args.moe_lbl_metrics_dir) == ("micro", None, None)
     assert args.skip_train and args.save is None and args.train_data_path is None and args.cuda_graph_impl == "none"
     assert args.valid_data_path == [str(tmp_path / "text")] and args.load == "ckpt" and args.eval_iters == 10
     assert not hasattr(args, "enable_cuda_graph")  # this Megatron has no such flag
@@ -142,13 +142,12 @@ def test_report_shows_it(tmp_path):
     runs = [write_record(tmp_path / name, even(1)) for name in ("micro", "global")]
     write(measured(), runs[0])
     write(replace(measured(), tokens_per_expert=[[[1, 1, 1, 1]] * 2] * 3, iteration=8), runs[1])
-    assert main(["report", *map(str, runs), "--out", str(tmp_path / "out")]) == 0
+    assert main(["report", *map(str, runs), "--png", "--out", str(tmp_path / "out")]) == 0
     page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
     assert page.count("evaluated on code (50 tokens), maths (50 tokens), prose (50 tokens)") == 2
     assert page.count("Not measured: the weights of GroupedMLP are not known.") == 2
-    contrast = f"{measured().contrast_L.mean():.3f}"
-    assert f'<td data-name="contrast of domains">{contrast}</td>' in page
-    assert '<td data-name="contrast of domains">0.000</td>' in page
+    assert f"Contrast of 3 domains {measured().contrast_L.mean():.3f} at iteration 7" in page
+    assert "Contrast of 3 domains 0.000 at iteration 8, against micro." in page
     names = ("experts", "overlap", "scores", "similarity", "norms")
     for run in ("micro", "global"):
-        assert all((tmp_path / "out" / f"{run}-specialisation-{name}.png").stat().st_size > 5000 for name in names)
+        assert all((tmp_path / "out" / f"specialisation-{name}-{run}.png").stat().st_size > 5000 for name in names)

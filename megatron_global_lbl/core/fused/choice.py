@@ -13,6 +13,7 @@ The environment variable MEGATRON_GLOBAL_LBL_FUSED, read by `register`:
 
 from __future__ import annotations
 
+import functools
 import os
 from enum import Enum
 
@@ -62,6 +63,7 @@ def on_gpu() -> str:
     return FUSED if problem is None else f"plain: {problem}"
 
 
+@functools.cache
 def triton_problem() -> str | None:
     """Why Triton cannot be used, or None."""
     try:
