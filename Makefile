@@ -13,7 +13,8 @@ DEMO_OUT ?= demo-out
 # Processes that tests run in; some of them start up to 4 ranks of their own.
 TEST_JOBS ?= 2
 VERSIONS ?= 0.14.0 0.15.3 0.16.1 0.17.1 0.18.2
-# The commit of Megatron-LM's main that the preview of 0.20 was tested with (2026-08-22).
+# The commit of Megatron-LM's main that the preview of 0.20 was tested with (2026-08-22). PREVIEW=pull-request/6648 in a
+# repository that has this branch (merged in September) runs the router's diagnostics, too.
 PREVIEW ?= d98e8a64ddf34856e74b24714e3bedb2f5a39553
 # Where shell scripts are (found by their first line, so none can be forgotten).
 SCRIPT_DIRS := .ci benchmarks examples patches scripts tests

@@ -24,6 +24,8 @@ def trained(problem, layout, freeze, fused, register):
         for chunk in chunks:
             for name, parameter in chunk.named_parameters():
                 parameter.requires_grad_(freeze not in name)
+            if freeze == "blocks.0.":  # and the embedding: a checkpointed call has no second run, and no backward comes
+                chunk.pre_process = False
         return config, model, chunks
 
     if freeze is not None:
@@ -42,7 +44,7 @@ def trained(problem, layout, freeze, fused, register):
 @pytest.mark.parametrize("freeze", ["weight", "below", "blocks.0.", "blocks.1.", "blocks."])
 @pytest.mark.parametrize("scope", ["dp", "global"])
 def test_the_log_is_that_of_an_unfrozen_run(workers, scope, freeze, recompute, fused):
-    """All routers, all layers below them, the first layer, the last one, and everything."""
+    """All routers, all layers below them, the embedding with the first layer, the last layer, and all layers."""
     problem, layout = Problem(scope, 1, 2, 2, masks="uneven"), Layout(recompute=recompute)
     arguments = (fused, {"scope": scope, "metrics": "brief"})
     ((_, unfrozen, _),) = workers.run(trained, 1, problem, layout, None, *arguments)
