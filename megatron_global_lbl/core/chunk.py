@@ -108,6 +108,7 @@ class Chunk:
         current: the open micro-batch.
         in_forward: the wrapper's forward is running.
         ran, trained: a forward, a backward has run in Python since the last step's end.
+        ended_at: iteration of the step that ended last.
         steps: that have ended; `unfinished`: steps in a row that began and did not end.
         dropped: how often the counts of an unfinished step were dropped.
         removed: the registration is gone.
@@ -179,6 +180,8 @@ class Chunk:
         self.unlogged: list[MicroBatch] = []
         self.in_forward = self.removed = False
         self.steps = self.unfinished = self.dropped = 0
+        self.ended_at = -1
+        self._captured_balance = (0, 0)
         self.balance_selections_R = torch.zeros(self.rows, dtype=torch.int64, device=self.device)
         self._captured_report: ChunkReport | None = None
         self._last_log: list[tuple[Layer, Tensor, str]] = []
@@ -279,6 +282,11 @@ class Chunk:
                 self.counts_LE.index_add_(0, self.repeated, summed_RE.to(torch.int64))
         self.pending.clear()
 
+    @property
+    def balance(self) -> tuple[int, int]:
+        """(`balance_sequences`, `balanced`) of the step; replays of a whole step run no Python, and do what was captured."""
+        return (self.balance_sequences, self.balanced) if self.micro_batches else self._captured_balance
+
     def note_balance_batch(self, batch: MicroBatch, counts_RE: Tensor) -> None:
         """f of a micro-batch is known: it is counted from `counts_RE`."""
         counted = self._counted_sequences if self.settings.scope is Scope.GLOBAL else batch.sequences
@@ -308,7 +316,7 @@ class Chunk:
             any("expert_bias" in layer.info.balancing for layer in acted),
         )
         if self.captured:
-            self._captured_report = report
+            self._captured_report, self._captured_balance = report, self.balance
         return report
 
     # Steps.
@@ -543,9 +551,9 @@ class MicroBatch(Table):
         if self not in chunk.unlogged:
             return
         chunk.unlogged.remove(self)
+        if self._unit_RE is None:
+            self._work_out()
         if chunk.settings.scope is not Scope.GLOBAL:
-            if self._unit_RE is None:
-                self._work_out()
             assert self._mean_RE is not None
             sums_RE = sums_RE * self._mean_RE
         if chunk.repeated is None:

@@ -210,7 +210,7 @@ class Forwards:
             return RouterForward(layer, which, loss, counted, counted is not None and counted.in_scope and loss is not None)
         capturing = is_capturing(layer.ticket)
         if capturing:
-            self._refuse_capture()
+            self._refuse_capture(layer)
         counted = CountedForward(layer, capturing)
         if counted.batch is None:
             layer.chunk.replayed_sequences = sequences
@@ -328,7 +328,14 @@ class Forwards:
             return "the first forward of a recomputed layer was counted without the kernels"
         return why_not(self._choice, logits, score_function)
 
-    def _refuse_capture(self) -> None:
+    def _refuse_capture(self, layer: Layer) -> None:
+        info = layer.info
+        if not layer.chunk.whole_graph.is_open and (info.combined or info.applications > 1):
+            what = "--overlap-moe-expert-parallel-comm" if info.combined else "a repeated multi-token prediction layer"
+            raise ConfigError(
+                f"MoE layer {info.key} is captured in a CUDA graph of its layer with {what}, where its replays cannot be told "
+                "apart by micro-batch: capture modules without the router"
+            )
         if self.settings.start_iter:
             raise ConfigError(
                 f"--moe-lbl-start-iter {self.settings.start_iter} does not work with CUDA graphs of the router, whose replays "

@@ -39,6 +39,7 @@ class RouterInfo:
         model: process group of one data-parallel rank (TP x CP).
         num_experts: E.
         topk: experts per token.
+        combined: combined 1F1B (`--overlap-moe-expert-parallel-comm`), which runs layers outside of the chunk's forward.
         applications: runs per micro-batch; more than 1 in a repeated multi-token prediction layer.
         per_token: `--calculate-per-token-loss`.
         device: of its tensors.
@@ -56,6 +57,7 @@ class RouterInfo:
     model: dist.ProcessGroup
     num_experts: int
     topk: int
+    combined: bool
     applications: int
     per_token: bool
     device: torch.device

@@ -60,6 +60,7 @@ class Steps:
         self._open: set[Chunk] = set()  # may have counted since their last step's end
         self._models: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()  # numbers, by the first chunk on this rank
         self._met = 0
+        self._ended: dict[int, int] = {}  # steps of each model, also on stages without MoE layers
         self._idle_ends: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
         self._logged: set[str] = set()
 
@@ -153,15 +154,11 @@ class Steps:
         """The same, or a CUDA graph may have been replayed, which runs no Python."""
         return bool(self._open)
 
-    def iteration(self, chunk: Chunk | None) -> int:
-        """0-based: the clock's, otherwise the steps of the chunk that have ended."""
-        iteration = self.clock()
-        if iteration is None:
-            return 0 if chunk is None else chunk.steps
-        return iteration
-
     def _in_scope(self, chunk: Chunk) -> bool:
-        return self.settings.scope is not Scope.MICRO and self.iteration(chunk) >= self.settings.start_iter
+        if self.settings.scope is Scope.MICRO:
+            return False
+        iteration = self.clock()  # 0-based; without a clock the chunk's steps that have ended
+        return (chunk.steps if iteration is None else iteration) >= self.settings.start_iter
 
     def begin(self, routers: Collection[nn.Module]) -> None:
         """A step of these routers begins with zero gradients: what was counted for them and did not end is dropped.
@@ -192,7 +189,8 @@ class Steps:
         """The step of these routers that ended last is run again (None: of all routers)."""
         self.discard(routers)
         layers = self.layers.values() if routers is None else [self.layers[r] for r in routers if r in self.layers]
-        chunks = list(dict.fromkeys(layer.chunk for layer in layers))
+        clock = self.clock()
+        chunks = list(dict.fromkeys(layer.chunk for layer in layers if clock in (None, layer.chunk.ended_at)))
         for chunk in chunks:
             chunk.take_back_step()
         if self.observer is not None:
@@ -236,9 +234,14 @@ class Steps:
             self._met += 1
             self._models[module] = self._met
         number = self._models[module]
-        iteration = self.iteration(ended[0] if ended else None)
+        clock = self.clock()
+        iteration = self._ended.get(number, 0) if clock is None else clock
+        self._ended[number] = iteration + 1
         if ended and self.settings.scope is not Scope.MICRO and iteration >= self.settings.start_iter:
             self._log_zero_coefficient(ended)
+        for chunk in ended:
+            chunk.ended_at = iteration
+            chunk.log_rest()
         reports = [chunk.report() for chunk in ended if chunk.may_have_counted]
         reported = any(layer.forwards or layer.captured_forwards for chunk in ended for layer in chunk.layers)
         if self.observer is not None:

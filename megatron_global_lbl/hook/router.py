@@ -362,6 +362,7 @@ def _info(router, chosen: str) -> RouterInfo:
         model=model,
         num_experts=config.num_moe_experts,
         topk=router.topk,
+        combined=bool(getattr(config, "overlap_moe_expert_parallel_comm", False)),  # since 0.15
         applications=applications,
         per_token=config.calculate_per_token_loss,
         device=router.weight.device,

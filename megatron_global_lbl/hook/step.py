@@ -19,10 +19,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from types import MethodType
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 from megatron_global_lbl.core.step import Steps
 from megatron_global_lbl.hook import compatibility, refusals
@@ -46,7 +49,7 @@ class StepHooks:
     def __init__(self, steps: Steps, bypasses: Bypasses, announcement: Announcement) -> None:
         self._steps, self._bypasses, self._announcement = steps, bypasses, announcement
         self._chosen = refusals.asked_for(steps.settings)
-        self._named: list[nn.Module] = []
+        self._named: WeakKeyDictionary[nn.Module, Callable | None] = WeakKeyDictionary()  # with a `forward` of the instance
 
     def _know(self, module: nn.Module) -> bool:
         """Make the module a chunk, if it is none yet. False without MoE layers."""
@@ -66,11 +69,11 @@ class StepHooks:
         with self._steps.forward(module, _packed_sequences(kwargs)) as replayed:
             result = original(*args, **kwargs)
         if replayed:  # CUDA graphs of layers: their backwards are replayed after this tensor's
-            results = result if isinstance(result, (tuple, list)) else [result]
-            tensors = [tensor for tensor in results if isinstance(tensor, torch.Tensor) and tensor.requires_grad]
+            leaves = [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor) and leaf.requires_grad]
             batch = replayed[0]
             scale = batch.chunk.layers[0].info.backward_scale
-            tensors[0].register_hook(lambda _: batch.prepare_replays(scale()))
+            if leaves:  # otherwise no backward comes
+                leaves[0].register_hook(lambda _: batch.prepare_replays(scale()))
         return result
 
     def name_chunk(self, module: nn.Module) -> None:
@@ -81,20 +84,22 @@ class StepHooks:
         """
         from megatron.core.distributed.data_parallel_base import _BaseDataParallel
 
-        if isinstance(module, _BaseDataParallel) or "forward" in vars(module) and module in self._named:
+        if isinstance(module, _BaseDataParallel) or module in self._named:
             return
         if not self._know(module):
             raise ConfigError(f"chunk({type(module).__name__}): no MoE layer for {self._chosen} in it")
-        original = module.forward
-        routers = list(routers_of(module).values())
+        own = vars(module).get("forward")
 
-        def forward(*args, **kwargs):
-            if self._steps.was_trained(module) and gradients_are_gone(routers):
-                self._steps.begin(routers)
-            return self.forward(module, original, args, kwargs)
+        def forward(called, *args, **kwargs):  # a method, so that a deep copy of the module gets one that is bound to the copy
+            original = type(called).forward.__get__(called) if own is None else own
+            if called.training and torch.is_grad_enabled() and self._know(called) and self._steps.was_trained(called):
+                routers = list(routers_of(called).values())
+                if gradients_are_gone(routers):
+                    self._steps.begin(routers)
+            return self.forward(called, original, args, kwargs)
 
-        module.forward = forward
-        self._named.append(module)
+        module.forward = MethodType(forward, module)
+        self._named[module] = own
 
     def begin(self, module: nn.Module) -> None:
         """A step begins from zero gradients."""
@@ -127,8 +132,10 @@ class StepHooks:
 
     def remove(self) -> None:
         self._bypasses.remove()
-        for module in self._named:
+        for module, own in self._named.items():
             vars(module).pop("forward", None)
+            if own is not None:
+                module.forward = own
 
 
 def install(patches: Patches, steps: Steps, hooks: StepHooks) -> None:

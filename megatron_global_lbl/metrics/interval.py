@@ -8,12 +8,22 @@ scores, extras, LBL of micro-batches, their number).
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from megatron_global_lbl.core.chunk import Chunk, MicroBatch
+from megatron_global_lbl.core.chunk import Chunk
 from megatron_global_lbl.core.collective import Reduction
+
+
+class Recorded(NamedTuple):
+    """What is kept of a micro-batch until its step ends; see `core.chunk.Table`."""
+
+    counts_RE: Tensor
+    sums_RE: Tensor
+    extras_RX: Tensor
+    sequences: int
 
 
 @dataclass
@@ -71,14 +81,12 @@ class Interval:
     def steps(self) -> int:
         return self._sums.steps + (self._last is not None)
 
-    def add_step(self, chunk: Chunk, batches: list[MicroBatch]) -> None:
+    def add_step(self, chunk: Chunk, batches: list[Recorded]) -> None:
         """A step has ended, with these micro-batches."""
         self._fold()
         sequences = sum(batch.sequences for batch in batches)
         balance_R = chunk.balance_selections_R.clone()
-        self._last = Sums(
-            1, len(batches), sequences, chunk.balance_sequences, chunk.balanced, balance_R, torch.zeros((), device=self._device)
-        )
+        self._last = Sums(1, len(batches), sequences, *chunk.balance, balance_R, torch.zeros((), device=self._device))
         if not batches:
             return
         with torch.no_grad():

@@ -19,7 +19,7 @@ from megatron_global_lbl.core.chunk import Chunk, Layer, MicroBatch
 from megatron_global_lbl.core.collective import gather_objects, is_capturing
 from megatron_global_lbl.metrics import measures
 from megatron_global_lbl.metrics.directory import RecordDirectory
-from megatron_global_lbl.metrics.interval import Interval, Sums
+from megatron_global_lbl.metrics.interval import Interval, Recorded, Sums
 from megatron_global_lbl.metrics.live_alarms import LiveAlarms
 from megatron_global_lbl.metrics.writer import Recorder
 from megatron_global_lbl.settings import Detail, Settings
@@ -78,8 +78,9 @@ class Metrics:
         self._settings, self._versions, self._clock, self._pipeline = settings, dict(versions), clock, pipeline
         self.is_in_log = False
         self._started = time.time()
-        self._batches: dict[Chunk, list[MicroBatch]] = {}
-        self._captured: dict[Chunk, list[MicroBatch]] = {}  # in CUDA graphs of whole steps: each replay fills them anew
+        self._batches: dict[Chunk, list[Recorded]] = {}
+        self._capturing: dict[Chunk, list[Recorded]] = {}
+        self._captured: dict[Chunk, list[Recorded]] = {}  # in CUDA graphs of whole steps: each replay fills them anew
         self._intervals: dict[int, dict[Chunk, Interval]] = {}  # by model
         self.directory: RecordDirectory | None = None
         self.before_first: Callable[[], None] | None = None
@@ -95,9 +96,11 @@ class Metrics:
         if self.before_first is not None:
             before_first, self.before_first = self.before_first, None
             before_first()
-        self._batches.setdefault(batch.chunk, []).append(batch)
+        # Not the micro-batch: its gradient rows are not needed any more once its backward is over.
+        recorded = Recorded(batch.counts_RE, batch.sums_RE, batch.extras_RX, batch.sequences)
+        self._batches.setdefault(batch.chunk, []).append(recorded)
         if is_capturing(batch.counts_RE):
-            self._captured.setdefault(batch.chunk, []).append(batch)
+            self._capturing.setdefault(batch.chunk, []).append(recorded)
 
     def drop(self, chunks: list[Chunk]) -> None:
         """Forget the micro-batches of these chunks since their last step's end."""
@@ -108,6 +111,8 @@ class Metrics:
         """The step of a model is over; `iteration` is 0-based."""
         intervals = self._intervals.setdefault(model, {})
         for chunk in chunks:
+            if chunk in self._capturing:  # a graph is captured anew after an overflow
+                self._captured[chunk] = self._capturing.pop(chunk)
             batches = self._batches.pop(chunk, None) or self._captured.get(chunk, [])
             if chunk not in intervals:
                 intervals[chunk] = Interval(chunk)
