@@ -180,7 +180,7 @@ class Bypasses:
             self._calls[router] += 1
 
     def reported(self, router: nn.Module) -> None:
-        if router in self._calls:
+        if self._calls and router in self._calls:
             self._reported.add(router)
 
     def refuse(self, routers: list[nn.Module] | None, lost: list[str]) -> None:
