@@ -1,4 +1,4 @@
-"""A training loop of one's own on Megatron-Core alone, without `megatron.training`: where the plugin is registered.
+"""A custom training loop on Megatron-Core alone, without `megatron.training`: where the plugin is registered.
 
     torchrun --nproc-per-node 2 examples/plain_core_loop.py --scope global
     torchrun --nproc-per-node 2 -m megatron_global_lbl --cpu examples/plain_core_loop.py --distributed-backend gloo \

@@ -48,7 +48,7 @@ def import_lightly() -> None:
 
 
 def try_import(module: str) -> str | None:
-    """Import a module in silence: None if that works, or the reason in one line."""
+    """Import a module without output. Returns None, or the reason for a failure in one line."""
     with quiet():
         try:
             importlib.import_module(module)

@@ -27,7 +27,7 @@ VALIDATED = b"""\
 
 
 class DoesNotFit(Exception):
-    """The file is none that these lines go into, or come out of."""
+    """The lines cannot be inserted into this file, or removed from it."""
 
 
 def insertions(release: tuple[int, int]) -> tuple[tuple[bytes, bytes], ...]:

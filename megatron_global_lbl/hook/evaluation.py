@@ -39,7 +39,7 @@ class Domain(NamedTuple):
 
 
 class Observer(Protocol):
-    """What looks on."""
+    """Records an evaluation."""
 
     def begin(self, domain: Domain, forwards: int) -> None:
         """The evaluation on a domain begins: so many forwards of each layer on each rank."""

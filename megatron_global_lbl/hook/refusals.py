@@ -1,4 +1,4 @@
-"""What cannot be right, each said once: before training with Megatron's arguments, and at the first forward with the
+"""What cannot be right: before training with Megatron's arguments, and at the first forward with the
 configuration, which name these things alike. Every message names what was found and what is allowed.
 """
 
@@ -21,7 +21,7 @@ PROVEN_WRAPPERS = "Megatron's DDP, or --use-megatron-fsdp on Megatron-Core 0.19 
 
 
 def asked_for(settings: Settings) -> str:
-    """The flag that needs MoE layers: the scope, or in scope `micro` what looks on."""
+    """The flag that needs MoE layers: the scope, or in scope `micro` the metrics."""
     if settings.scope is Scope.MICRO and settings.metrics_dir is not None:
         return f"{flag('metrics_dir')} {settings.metrics_dir}"
     if settings.scope is Scope.MICRO and settings.metrics is not None:
@@ -44,7 +44,7 @@ def losses(args: Any) -> dict[str, float]:
 def refuse_fsdp(args: Any, chosen: str) -> None:
     """
     Raises:
-        ConfigError: the gradients of this sharding were not proven right.
+        ConfigError: the gradients of this sharding are untested.
     """
     if getattr(args, "use_torch_fsdp2", False):
         raise ConfigError(f"{chosen} is not supported with --use-torch-fsdp2; allowed: {PROVEN_WRAPPERS}")
@@ -54,11 +54,9 @@ def refuse_fsdp(args: Any, chosen: str) -> None:
         raise ConfigError(f"{chosen} is not supported with --use-megatron-fsdp; allowed: {PROVEN_WRAPPERS}")
     version = getattr(args, "megatron_fsdp_version", 1)  # an argument since 0.20
     if version != 1:
-        raise ConfigError(f"{chosen} is not supported with --megatron-fsdp-version {version} (not proven right); allowed: 1")
+        raise ConfigError(f"{chosen} is not supported with --megatron-fsdp-version {version} (untested); allowed: 1")
     if compatibility.cuda_graphs(args) != "none":
-        raise ConfigError(
-            f"{chosen} with --use-megatron-fsdp is not supported with CUDA graphs (not proven right); allowed: without"
-        )
+        raise ConfigError(f"{chosen} with --use-megatron-fsdp is not supported with CUDA graphs (untested): remove one of them")
 
 
 def refuse_config(config: Any, chosen: str) -> None:
@@ -73,7 +71,7 @@ def refuse_config(config: Any, chosen: str) -> None:
     if getattr(config, "hybrid_context_parallel", False):
         raise ConfigError(
             f"{chosen} is not supported with --hybrid-context-parallel, under which ranks run their routers unequally often; "
-            "allowed: without"
+            "remove one of them"
         )
     chunks = getattr(config, "mlp_chunks_for_training", 1)  # since 0.18
     if chunks > 1:
@@ -141,7 +139,7 @@ def refuse_nothing_to_see(args: Any, chosen: str) -> None:
     unseen = [kind for kind in losses(args) if kind in UNSEEN]
     if unseen:
         raise ConfigError(
-            f"{chosen} is not supported with --moe-router-load-balancing-type {unseen[0]}, which selects in a way of its own; "
+            f"{chosen} is not supported with --moe-router-load-balancing-type {unseen[0]}, whose selection is not seen; "
             "allowed: aux_loss, seq_aux_loss, global_aux_loss, none"
         )
     refuse_two_losses([kind for kind in losses(args) if kind in KEYS], chosen)
@@ -203,7 +201,7 @@ def refuse_model(model: list, chosen: str) -> None:
         chosen: `asked_for`.
 
     Raises:
-        ConfigError: they are wrapped in something whose gradient reduction was not proven right.
+        ConfigError: they are wrapped in something whose gradient reduction is untested.
     """
     for chunk in model:
         name = type(chunk).__name__

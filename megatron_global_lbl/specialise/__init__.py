@@ -6,7 +6,7 @@ How to use it is in docs/specialisation.md.
 |---|---|
 | `__main__.py` | the launcher: the user's own script and arguments, evaluation only |
 | `arguments.py` | `--moe-lbl-domains`, and what makes an evaluation of a training's arguments |
-| `measurement.py` | looks on while Megatron evaluates, sums over ranks |
+| `measurement.py` | records Megatron's evaluation, sums over ranks |
 | `similarity.py` | how alike experts are, and whether the router prefers those that say more |
 | `result.py` | `specialisation.json`, and what follows from it |
 | `summary.py` | the same in a few lines |

@@ -40,7 +40,7 @@ EVALUATION: dict[str, Any] = {
     "wandb_project": "",
     "exit_interval": None,
     "exit_duration_in_mins": None,
-    # A replayed graph runs no Python, so nobody could look on.
+    # A replayed graph runs no Python, so nothing would be recorded.
     "cuda_graph_impl": "none",
     "enable_cuda_graph": False,
     "external_cuda_graph": False,
@@ -138,7 +138,7 @@ def prepare(args: argparse.Namespace) -> Path:
             )
         for dest, reason in REFUSED.items():
             if getattr(args, dest, False):
-                raise ConfigError(f"--{dest.replace('_', '-')}: not supported here, because {reason}; allowed: without it")
+                raise ConfigError(f"--{dest.replace('_', '-')}: not supported here, because {reason}: remove it")
         if getattr(args, "dataloader_type", None) == "external":
             raise ConfigError(
                 "--dataloader-type external: not supported here, its data is not named by a path; allowed: single"

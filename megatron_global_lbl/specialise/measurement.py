@@ -1,4 +1,4 @@
-"""Looks on while Megatron evaluates domain after domain, and sums up over ranks what it saw."""
+"""Records Megatron's evaluation, domain after domain, summed over ranks."""
 
 from __future__ import annotations
 

@@ -23,6 +23,7 @@ for multi-token prediction):
 
 from __future__ import annotations
 
+import contextlib
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -162,9 +163,13 @@ def spread(similarity_EE: list[list[float]]) -> dict[str, Any] | None:
 
 
 def write(result: Specialisation, directory: Path) -> Path:
-    """Write the file, in the place of an older one; its path."""
+    """Write the file; that of another checkpoint becomes `specialisation-ITERATION.json` (the report compares them)."""
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / FILE_NAME
+    with contextlib.suppress(OSError, NotASpecialisation):
+        before = read(path).iteration
+        if before != result.iteration:
+            path.replace(directory / f"specialisation-{before}.json")
     partial = path.with_suffix(".json.partial")
     partial.write_text(json.dumps(result.as_json()) + "\n", encoding="utf-8")
     partial.replace(path)

@@ -39,7 +39,7 @@ def train(problem: Problem, model, step: int) -> None:
 
 
 def gradients(model) -> list[tuple[torch.Tensor, ...]]:
-    """[layer] (W, router), averaged over ranks as a loop of one's own does it."""
+    """[layer] (W, router), averaged over ranks as a custom loop does it."""
     import torch.distributed as dist
 
     pairs = [(block.below.grad, block.router.weight.grad) for block in model.blocks]

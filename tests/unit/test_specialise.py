@@ -52,6 +52,13 @@ def test_file_comes_back_as_it_was(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["specialisation.json"]
 
 
+def test_the_file_of_another_checkpoint_is_kept(tmp_path):
+    for iteration in (7, 7, 8):
+        write(measured(iteration), tmp_path)
+    assert read(tmp_path) == measured(8) and read(tmp_path / "specialisation-7.json") == measured(7)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["specialisation-7.json", "specialisation.json"]
+
+
 @pytest.mark.parametrize(
     "content, says",
     [

@@ -8,17 +8,17 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = "megatron_global_lbl"
-# Each room with the rooms that it may import; the door is everything that lies in the package itself but the settings.
-ROOMS = {
+# Each folder with the folders that it may import; "top" is every module of the package itself but the settings.
+FOLDERS = {
     "settings": set(),
     "core": {"settings"},
     "metrics": {"settings", "core"},
     "hook": {"settings", "core"},
-    "specialise": {"settings", "core", "metrics", "hook", "door"},
+    "specialise": {"settings", "core", "metrics", "hook", "top"},
     "report": {"metrics", "specialise"},
-    "command": {"settings", "hook", "door", "metrics", "report", "specialise"},
-    "door": {"settings", "core", "metrics", "hook"},
-    "frameworks": {"settings", "hook", "door"},
+    "command": {"settings", "hook", "top", "metrics", "report", "specialise"},
+    "top": {"settings", "core", "metrics", "hook"},
+    "frameworks": {"settings", "hook", "top"},
 }
 COLLECTIVES = {
     *("all_reduce", "all_gather", "all_gather_into_tensor", "all_gather_object", "all_to_all", "all_to_all_single", "barrier"),
@@ -43,9 +43,9 @@ def modules() -> dict[str, ast.Module]:
     return {".".join(file.relative_to(ROOT).with_suffix("").parts): ast.parse(file.read_text()) for file in files}
 
 
-def room(module: str) -> str:
+def folder_of(module: str) -> str:
     parts = module.split(".")[1:]
-    return parts[0] if parts and parts[0] in ROOMS else "door"
+    return parts[0] if parts and parts[0] in FOLDERS else "top"
 
 
 def imported(tree: ast.Module, known: set[str], *, for_types: bool = False) -> set[str]:
@@ -71,8 +71,8 @@ def imported(tree: ast.Module, known: set[str], *, for_types: bool = False) -> s
 def test_no_arrow_upwards():
     trees = modules()
     for module, tree in trees.items():
-        used = {room(name) for name in imported(tree, set(trees), for_types=True) if name.split(".")[0] == PACKAGE}
-        assert used <= {room(module)} | ROOMS[room(module)], f"{module} imports from {used}"
+        used = {folder_of(name) for name in imported(tree, set(trees), for_types=True) if name.split(".")[0] == PACKAGE}
+        assert used <= {folder_of(module)} | FOLDERS[folder_of(module)], f"{module} imports from {used}"
 
 
 def test_no_circle():
@@ -91,20 +91,20 @@ def test_only_the_hook_and_the_commands_know_megatron():
         for module, tree in trees.items()
         if any(name.split(".")[0] == "megatron" for name in imported(tree, set(trees), for_types=True))
     }
-    assert {room(module) for module in knows} == {"hook", "frameworks"}, knows
+    assert {folder_of(module) for module in knows} == {"hook", "frameworks"}, knows
     # A framework's module knows that framework; Megatron-Core is the hook's.
     for module in knows:
         names = {name for name in imported(trees[module], set(trees), for_types=True) if name.split(".")[0] == "megatron"}
-        assert room(module) == "hook" or all(name.startswith(f"megatron.{module.split('.')[-1]}.") for name in names), module
-
-
-def test_a_rooms_docstring_names_its_files():
-    for name in ("core", "hook"):
-        room_of_files = ROOT / PACKAGE / name
-        listed = re.findall(
-            r"^(\w+)  ", ast.get_docstring(ast.parse((room_of_files / "__init__.py").read_text())), re.MULTILINE
+        assert folder_of(module) == "hook" or all(name.startswith(f"megatron.{module.split('.')[-1]}.") for name in names), (
+            module
         )
-        there = {path.stem for path in room_of_files.iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()}
+
+
+def test_a_folders_docstring_names_its_files():
+    for name in ("core", "hook"):
+        folder = ROOT / PACKAGE / name
+        listed = re.findall(r"^(\w+)  ", ast.get_docstring(ast.parse((folder / "__init__.py").read_text())), re.MULTILINE)
+        there = {path.stem for path in folder.iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()}
         assert sorted(listed) == sorted(there - {"__init__"})
 
 
