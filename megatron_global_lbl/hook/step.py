@@ -90,7 +90,7 @@ class StepHooks:
             raise ConfigError(f"chunk({type(module).__name__}): no MoE layer for {self._chosen} in it")
         own = vars(module).get("forward")
 
-        def forward(called, *args, **kwargs):  # a method, so that a deep copy of the module gets one that is bound to the copy
+        def forward(called, *args, **kwargs):
             original = type(called).forward.__get__(called) if own is None else own
             if called.training and torch.is_grad_enabled() and self._know(called) and self._steps.was_trained(called):
                 routers = list(routers_of(called).values())

@@ -39,6 +39,23 @@ def test_the_mean_balance_batch_under_accumulation(workers):
     assert "!!" not in line and "expert bias" not in line
 
 
+def without_a_clock(a, register):
+    import megatron_global_lbl as lbl
+
+    with lbl.registered(**register):
+        for _ in range(a.problem.steps):
+            a.step()
+
+
+def test_stages_without_moe_layers_agree_on_the_iteration(workers):
+    """A loop without a clock that crosses `start_iter`: the stages exchange what they did in the same step."""
+    problem = Problem("global", 2, 2, 4, layers=2, pipeline=(2, 1), dense=(1,), start_iter=2)
+    arguments = {"scope": "global", "start_iter": 2}
+    ranks = check(workers, without_a_clock, problem, layout=Layout(pp=2), register={}, args=(arguments,))
+    mine, *others = announced(ranks)
+    assert [line.split(": scope")[0] for line in mine] == ["> moe-lbl: iteration 3"] and others == [[], [], []]
+
+
 def test_the_balance_batch_of_dp(workers):
     ((line,), _) = announced(check(workers, steps, Problem("dp", 2, 3)))
     assert "is 4 sequences (2 dp ranks x 2 sequences); on average" in line and "over 4 sequences, 32 tokens;" in line

@@ -85,6 +85,36 @@ def test_the_gradient_is_the_formula(workers, scope, unfinished, fused):
                     compare_exact(actual, true, f"rank {rank} step {step} layer {layer}")
 
 
+def with_a_forward_of_its_own(problem: Problem):
+    """In a worker: the gradients, how often the instance's `forward` ran, and whether it comes back."""
+    import megatron_global_lbl as lbl
+
+    model, calls = model_of(problem), []
+    inner = model.forward
+
+    def own(*args):
+        calls.append(None)
+        return inner(*args)
+
+    model.forward = own  # as torch.compile may leave it
+    with lbl.registered(scope=problem.scope):
+        lbl.chunk(model)
+        train(problem, model, 0)
+        lbl.end_step(model)
+        found = gradients(model)
+    return found, len(calls), vars(model).get("forward") is own
+
+
+def test_a_forward_of_the_instance_is_called_and_restored(workers):
+    problem = Problem("global", 2, 2, 1, masks="uneven")
+    expected = truth.gradients(problem)
+    for rank, (found, calls, restored) in enumerate(workers.run(with_a_forward_of_its_own, 2, problem)):
+        assert restored and calls == problem.micro_batches
+        for layer, pair in enumerate(found):
+            for actual, true in zip(pair, expected[0][layer], strict=True):
+                compare_exact(actual, true, f"rank {rank} layer {layer}")
+
+
 def refused(problem: Problem, how: str) -> str:
     """In a worker: the text of the ConfigError."""
     import megatron_global_lbl as lbl
