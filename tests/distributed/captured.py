@@ -12,7 +12,9 @@ from truth import Problem, inputs, weights
 from megatron_global_lbl.core.fused.choice import FUSED
 
 
-def train_captured(problem: Problem, register: dict, on_gpu: bool = False, fused: bool | None = None) -> dict:
+def train_captured(
+    problem: Problem, register: dict, on_gpu: bool = False, fused: bool | None = None, combined: bool = False
+) -> dict:
     """One rank's part: {"grads": [step] gradient of the router's weight, "collectives": how many the captured forward holds,
     "logged": Megatron's load_balancing_loss, summed over the steps, "fused": whether the kernels computed the loss}.
 
@@ -20,6 +22,7 @@ def train_captured(problem: Problem, register: dict, on_gpu: bool = False, fused
         problem: of one layer; data parallelism only.
         register: arguments of `lbl.register`.
         on_gpu: real CUDA graphs; otherwise recorded operations and a faked capture flag.
+        combined: the configuration asks for combined 1F1B.
         fused: by the Triton kernels or in plain PyTorch; None: as it comes.
     """
     from megatron.core.distributed.finalize_model_grads import finalize_model_grads
@@ -32,7 +35,7 @@ def train_captured(problem: Problem, register: dict, on_gpu: bool = False, fused
         with _on_side_stream(
             on_gpu
         ):  # as Megatron wraps in DDP: a graph cannot hold gradients that accumulate on the legacy stream
-            _, (wrapped,), (chunk,) = harness.build(problem, Layout(), {})
+            _, (wrapped,), (chunk,) = harness.build(problem, Layout(combined=combined), {})
         block, rank = chunk.blocks[0], torch.distributed.get_rank()
         MoEAuxLossAutoScaler.set_loss_scale(torch.tensor([1.0 / problem.micro_batches]).cuda())
         static = inputs(problem, 0)[0][0, rank].clone().cuda()

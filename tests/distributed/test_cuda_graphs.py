@@ -7,6 +7,7 @@ import pytest
 import truth
 from captured import train_captured
 from compare import compare_exact, register_arguments
+from core_cases import RELEASE
 from test_balance_record import expected
 from truth import Problem, sums
 from workers import CaseFailed
@@ -42,3 +43,11 @@ def test_metrics_see_replays(workers):
         assert told["moe_lbl/max_vio"] == pytest.approx(float(load_E.max() / load_E.mean()) - 1, rel=1e-5)
         assert told["moe_lbl/lbl_micro"] == pytest.approx(sum(step["lbl_micro"][0] for step in of_steps) / 3, rel=1e-5)
         assert told["moe_lbl/balance_sequences"] == pytest.approx(of_steps[0]["balance"][0])
+
+
+@pytest.mark.skipif(RELEASE < (0, 15), reason="combined 1F1B came with Megatron-Core 0.15")
+def test_combined_1f1b_is_refused(workers):
+    """It runs layers outside of the chunk's forward, so nothing would give the replays their gradient."""
+    problem = Problem("global", 1, 1, layers=1)
+    with pytest.raises(CaseFailed, match="layer 0 is captured in a CUDA graph .* with --overlap-moe-expert-parallel-comm"):
+        workers.run(train_captured, 1, problem, {"scope": "global"}, False, None, True)
