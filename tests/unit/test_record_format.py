@@ -341,7 +341,7 @@ def test_odd_header_values_are_a_note(tmp_path, key):
         noted = [note for run in (*odd, good) for note in run.notes]
         for run in (*odd, good):
             shown = Console(file=io.StringIO(), width=200)
-            shown.print(view(run, alarms(run)))
+            shown.print(view("record", run, alarms(run)))
             assert not any(char in shown.file.getvalue() + run.name + "".join(run.notes) for char in "\x1b\x00")
             time.gmtime(run.header.get("started", 0))
         if not odd:
