@@ -265,8 +265,6 @@ class Forwards:
         if which is not Pass.SECOND:
             self._count(forward, counted, padding_mask)
         if scores is not None and forward.logits is None:
-            if which is Pass.FIRST and padding_mask is not None:  # of `needs_scores_now`, computed before the mask is known
-                scores = scores * ~padding_mask.unsqueeze(1)
             self._sum_scores(forward, counted, scores, padding_mask)
         if forward.ours:
             assert forward.loss is not None

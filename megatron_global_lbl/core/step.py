@@ -76,8 +76,9 @@ class Steps:
         for router in routers:
             self._homes.setdefault(router, weakref.ref(module))
 
-    def has_routers(self, module: nn.Module) -> bool:
-        return bool(self._routers[module])
+    def routers_of(self, module: nn.Module) -> list[nn.Module]:
+        """Those that `know` was told, as far as they are still there."""
+        return [router for router in (ref() for ref in self._routers[module]) if router is not None]
 
     def was_trained(self, module: nn.Module) -> bool:
         """True if a backward has run since the last step's end of a chunk."""
@@ -85,7 +86,7 @@ class Steps:
 
     def chunks_of(self, module: nn.Module) -> list[Chunk]:
         """The chunk of a module that `know` was told, made when it is asked for first (several: parts of it are chunks)."""
-        routers = [router for router in (ref() for ref in self._routers[module]) if router is not None]
+        routers = self.routers_of(module)
         new = [router for router in routers if router not in self.layers]
         if new:
             observer = self.observer

@@ -65,6 +65,8 @@ def install(patches: Patches, of_routers: Forwards) -> Bypasses:
                 forwards.pop()
             _refuse_bypass(self, forward)
             mask = None if padding_mask is None else padding_mask.reshape(-1)
+            if of_routers.needs_scores_now(forward):
+                forward.scores = scores.scores_only(logits.reshape(-1, logits.shape[-1]), self.score_function, mask)
             replays = getattr(self, "router_replay", None) is not None  # since 0.16
             if replays and forward.ours and not self.config.calculate_per_token_loss:
                 refusals.refuse_repeated_experts(forward.selection, mask, self.topk, chosen)
@@ -92,8 +94,6 @@ def install(patches: Patches, of_routers: Forwards) -> Bypasses:
             logits = of_routers.before_selection(forward, logits, forward.score_function if known else None)
             probs, routing_map = original(logits, *args, **kwargs)
             forward.selection = _require_map(routing_map, probs)
-            if known and of_routers.needs_scores_now(forward):
-                forward.scores = scores.scores_only(logits, forward.score_function, None)
             return probs, routing_map
 
         return topk_routing_with_score_function

@@ -60,12 +60,16 @@ class StepHooks:
             for router in routers:
                 self._bypasses.watch(router)
             self._steps.know(module, routers)
-        return self._steps.has_routers(module)
+        return bool(self._steps.routers_of(module))
 
     def forward(self, module: nn.Module, original: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
         """Run `original(*args, **kwargs)`, the forward of a chunk."""
         if not module.training or not torch.is_grad_enabled() or not self._know(module):
             return original(*args, **kwargs)
+        if module in self._named and self._steps.was_trained(module):  # no wrapper says when a step begins
+            routers = self._steps.routers_of(module)
+            if gradients_are_gone(routers):
+                self._steps.begin(routers)
         with self._steps.forward(module, _packed_sequences(kwargs)) as replayed:
             result = original(*args, **kwargs)
         if replayed:  # CUDA graphs of layers: their backwards are replayed after this tensor's
@@ -92,10 +96,6 @@ class StepHooks:
 
         def forward(called, *args, **kwargs):
             original = type(called).forward.__get__(called) if own is None else own
-            if called.training and torch.is_grad_enabled() and self._know(called) and self._steps.was_trained(called):
-                routers = list(routers_of(called).values())
-                if gradients_are_gone(routers):
-                    self._steps.begin(routers)
             return self.forward(called, original, args, kwargs)
 
         module.forward = MethodType(forward, module)
@@ -103,7 +103,7 @@ class StepHooks:
 
     def begin(self, module: nn.Module) -> None:
         """A step begins from zero gradients."""
-        routers = list(routers_of(module).values()) if self._know(module) else []
+        routers = self._steps.routers_of(module) if self._know(module) else []
         for router in routers:
             self._bypasses.watch(router)  # a method of an instance may be new
         if self._steps.may_have_counted:

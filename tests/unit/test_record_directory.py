@@ -124,7 +124,7 @@ def test_two_writers_never_mix(training):
 
 
 def test_the_lock_file_is_gone(training):
-    """It is locked again; where another training was faster, that is said once."""
+    """It is locked again. If another training was faster, one line says so."""
     directory, _, recorder, said = training
     (directory / LOCK).unlink()
     append(recorder, 3)
@@ -246,7 +246,7 @@ def test_symbolic_links_are_not_followed(tmp_path, name):
 
 
 def test_a_hanging_file_system_costs_no_step(tmp_path, monkeypatch):
-    """A write that does not return: 1,000 intervals are handed over at once, the queue's are written, the loss is said once."""
+    """A write does not return: 1,000 intervals are handed over at once, and one line names what is lost."""
     goes_on, said = threading.Event(), []
     write = Writer.append
     monkeypatch.setattr(Writer, "append", lambda self, **interval: goes_on.wait() and write(self, **interval))
